@@ -1,0 +1,435 @@
+"""Every op in plain PyTorch: the specification, the CPU path, the oracle and the baseline.
+
+Same names and signatures as the Triton ops. Arithmetic is fp32, or fp64 when the input is fp64.
+What `mask` hides is unreadable: it is selected away, never multiplied by zero, so a NaN stored
+there changes neither results nor gradients, and the result there is 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
+
+
+def _real(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    (first, x), *others = tensors.items()
+    for name, y in others:
+        if x.shape != y.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(y.shape)}, {first} has shape {tuple(x.shape)}"
+            )
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """All-reduce whose gradient is the identity: every rank computes the same loss from the sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def token_logprobs(
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log p(token) under softmax(logits / temperature), in nats: (..., V), (...) -> (...) fp32.
+
+    With `entropy`, also the entropy of that softmax (...); both are differentiable in `logits`.
+    Where tokens == ignore_index the results and gradients are 0 and the logits are not looked at.
+    temperature: a positive number, or a tensor that broadcasts to `tokens`.
+    group: the process group over which the vocabulary is split; this rank holds the columns
+    [vocab_start, vocab_start + V). Columns at or beyond `vocab_size` are padding.
+    Raises ValueError when shapes or dtypes do not fit.
+    """
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}, logits has shape {tuple(logits.shape)}"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, not {logits.dtype}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+
+    V = logits.shape[-1]
+    counted = tokens != ignore_index
+    x = torch.where(counted[..., None], _real(logits), 0.0)
+    if isinstance(temperature, Tensor):
+        x = x / temperature.broadcast_to(tokens.shape)[..., None]
+    else:
+        x = x / temperature
+    if vocab_size is not None and vocab_start + V > vocab_size:
+        padding = torch.arange(vocab_start, vocab_start + V, device=x.device) >= vocab_size
+        x = x.masked_fill(padding, -torch.inf)
+
+    def total(y: Tensor) -> Tensor:
+        return y if group is None else _SumOverGroup.apply(y, group)
+
+    top = x.detach().max(-1).values
+    if group is not None:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    x = x - torch.where(top.isfinite(), top, 0.0)[..., None]  # an all -inf shard stays -inf
+    local = tokens.long() - vocab_start
+    here = counted & (local >= 0) & (local < V)
+    chosen = x.gather(-1, local.clamp(0, V - 1)[..., None])[..., 0]
+    weights = x.exp()
+    log_sum = total(weights.sum(-1)).log()
+    logprobs = torch.where(counted, total(torch.where(here, chosen, 0.0)) - log_sum, 0.0)
+    if not entropy:
+        return logprobs
+    mean = total((weights * torch.where(x == -torch.inf, 0.0, x)).sum(-1)) / log_sum.exp()
+    return logprobs, torch.where(counted, log_sum - mean, 0.0)
+
+
+def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Estimates of KL(p || q) at each sampled token, in nats, from log p and log q of that token.
+
+    With d = log p - log q: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d, "abs" |d|
+    (Schulman 2020, joschu.net/blog/kl-approx.html). k1 and k3 are unbiased; k3 is never negative;
+    as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there.
+    """
+    _one_of("estimator", estimator, ("k1", "k2", "k3", "abs"))
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    d = _real(logprobs) - _real(ref_logprobs)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d.square()
+    if estimator == "abs":
+        return d.abs()
+    return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
+
+
+def _rows(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
+    """For packed tokens: the sequence of each (N,), its place in it (N,), the longest length."""
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or int(cu_seqlens[-1]) != n_tokens:
+        raise ValueError(f"cu_seqlens must rise from 0 to {n_tokens}, not {cu_seqlens.tolist()}")
+    lengths = cu_seqlens.long().diff()
+    if int(cu_seqlens[0]) != 0 or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens must rise from 0 to {n_tokens}, not {cu_seqlens.tolist()}")
+    sequence = torch.repeat_interleave(lengths)
+    place = torch.arange(n_tokens, device=cu_seqlens.device) - cu_seqlens.long()[sequence]
+    return sequence, place, int(lengths.max()) if len(lengths) else 0
+
+
+def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
+    """(N,) true at the last valid token of each sequence, from packed mask and sequence numbers."""
+    position = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
+    last = position.new_full((n_sequences,), -1).scatter_reduce(0, sequence, position, "amax")
+    return mask & (position == last[sequence])
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    cu_seqlens: Tensor | None = None,
+    mask_mode: str = "carry",
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, fp32 and 0 where mask is 0, of padded (B, T) or packed (N,) steps.
+
+        delta_t = r_t + gamma * V_{t+1} - V_t        A_t = delta_t + gamma * lam * A_{t+1}
+
+    (Schulman et al. 2016, arXiv:1506.02438, equation 16); returns = A + V.
+    cu_seqlens (S + 1,): bounds of the packed sequences. bootstrap (B,) or (S,): the value after
+    the last valid token of each sequence, default 0.
+    mask_mode: a masked step between valid ones (tool output, say) hands V_{t+1} and A_{t+1} on
+    unchanged ("carry": verl, NeMo-RL), or is a step of reward 0 and value 0 that the recursion
+    runs through, discounting ("decay": OpenRLHF). Steps after the last valid one never count.
+    """
+    _one_of("mask_mode", mask_mode, ("carry", "decay"))
+    _same_shape(rewards=rewards, values=values, mask=mask)
+    if cu_seqlens is not None:
+        sequence, place, T = _rows(cu_seqlens, len(rewards))
+        B = len(cu_seqlens) - 1
+
+        def unpack(x: Tensor) -> Tensor:
+            return x.new_zeros(B, T).index_put((sequence, place), x)
+
+        advantages, returns = gae(
+            unpack(rewards), unpack(values), unpack(mask != 0),
+            gamma=gamma, lam=lam, mask_mode=mask_mode, bootstrap=bootstrap,
+        )  # fmt: skip
+        return advantages[sequence, place], returns[sequence, place]
+
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; without cu_seqlens: (B, T)")
+    valid = mask != 0
+    r = torch.where(valid, _real(rewards), 0.0)
+    v = torch.where(valid, _real(values), 0.0)
+    B, T = r.shape
+    next_value = v.new_zeros(B) if bootstrap is None else bootstrap.to(v.dtype)
+    if next_value.shape != (B,):
+        raise ValueError(f"bootstrap has shape {tuple(next_value.shape)}; it must be ({B},)")
+    advantage = v.new_zeros(B)
+    advantages = torch.zeros_like(v)
+    begun = valid.new_zeros(B)  # whether a valid step was met, walking backwards
+    for t in reversed(range(T)):
+        begun = begun | valid[:, t]
+        counts = valid[:, t] if mask_mode == "carry" else begun
+        step = r[:, t] + gamma * next_value - v[:, t] + gamma * lam * advantage
+        advantage = torch.where(counts, step, advantage)
+        next_value = torch.where(counts, v[:, t], next_value)
+        advantages[:, t] = torch.where(valid[:, t], advantage, 0.0)
+    return advantages, torch.where(valid, advantages + v, 0.0)
+
+
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = False,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over the valid elements of all ranks of group; 0 elsewhere.
+
+    Without shift_mean the mean is added back. Variance is the population's, or with `unbiased`
+    (n - 1) the sample's (at n = 1 the population's).
+    """
+    _same_shape(x=x, mask=mask)
+    valid = mask != 0
+    x = torch.where(valid, _real(x), 0.0)
+
+    def total(y: Tensor) -> Tensor:
+        return y if group is None else _SumOverGroup.apply(y, group)
+
+    n = total(valid.sum().to(x.dtype))
+    mean = total(x.sum()) / n.clamp(min=1)
+    centred = torch.where(valid, x - mean, 0.0)
+    variance = total(centred.square().sum()) / (n - int(unbiased)).clamp(min=1)
+    white = centred * torch.rsqrt(variance + eps)
+    return white if shift_mean else torch.where(valid, white + mean, 0.0)
+
+
+class PPOAdvantages(NamedTuple):
+    """Per token, fp32, shaped like the mask and 0 where it is 0."""
+
+    rewards: Tensor  # -kl_coef * kl, plus the score at the last valid token
+    advantages: Tensor  # whitened if asked
+    returns: Tensor  # targets of the value function: unwhitened advantages + values
+    kl: Tensor  # nats, the estimate that was charged for
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    estimator: str = "k1",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten_rewards: bool = False,
+    whiten_advantages: bool = True,
+    cu_seqlens: Tensor | None = None,
+    mask_mode: str = "carry",
+    group: dist.ProcessGroup | None = None,
+) -> PPOAdvantages:
+    """From scores (B,) to whitened advantages (B, T); packed: (S,) and (N,) with cu_seqlens.
+
+    The reward of a token is -kl_coef times its KL estimate (`token_kl`); the score is added at the
+    last valid token of its sequence (a sequence without one gets none); then `gae`, then `whiten`
+    over all ranks of group. whiten_rewards keeps the mean (lm-human-preferences).
+    """
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, mask=mask)
+    if cu_seqlens is None and mask.dim() != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; without cu_seqlens: (B, T)")
+    S = mask.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if scores.shape != (S,):
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be ({S},)")
+    valid = mask != 0
+    kl = torch.where(valid, token_kl(logprobs, ref_logprobs, estimator=estimator), 0.0)
+    if cu_seqlens is None:
+        sequence = torch.arange(S, device=mask.device).repeat_interleave(mask.shape[1])
+    else:
+        sequence, _, _ = _rows(cu_seqlens, len(mask))
+    last = _last_valid(valid.flatten(), sequence, S).view_as(valid)
+    rewards = -kl_coef * kl + torch.where(last, _real(scores)[sequence].view_as(kl), 0.0)
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False, group=group)
+    advantages, returns = gae(
+        rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, mask_mode=mask_mode
+    )
+    if whiten_advantages:
+        advantages = whiten(advantages, mask, group=group)
+    return PPOAdvantages(rewards, advantages, returns, kl)
+
+
+def _aggregate(
+    x: Tensor, mask: Tensor, aggregation: str, denominator: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Mean of x over valid tokens, or over sequences of their token means."""
+    valid = mask != 0
+    x = torch.where(valid, x, 0.0)
+    if aggregation == "token-mean":
+        return x.sum() / (valid.sum().clamp(min=1) if denominator is None else denominator)
+    if cu_seqlens is None:
+        if x.dim() != 2:
+            raise ValueError(f"mask has shape {tuple(x.shape)}; sequence-mean needs (B, T)")
+        sums, counts = x.sum(1), valid.sum(1)
+    else:
+        sequence, _, _ = _rows(cu_seqlens, len(x))
+        zeros = x.new_zeros(len(cu_seqlens) - 1)
+        sums = zeros.index_add(0, sequence, x)
+        counts = zeros.index_add(0, sequence, valid.to(x.dtype))
+    n = (counts > 0).sum().clamp(min=1) if denominator is None else denominator
+    return (sums / counts.clamp(min=1)).sum() / n
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate, a scalar to minimise, and statistics as 0-d tensors on the device.
+
+        ratio = exp(logprobs - old_logprobs)
+        loss = max(-A * ratio, -A * clip(ratio, 1 - clip_range, 1 + clip_range))
+
+    (Schulman et al. 2017, arXiv:1707.06347, equation 7). dual_clip > 1 bounds the loss of a token
+    of negative advantage by -A * dual_clip (Ye et al. 2020, arXiv:1912.09729).
+    aggregation: mean over tokens, or over sequences of token means ((B, T), or cu_seqlens).
+    denominator: the token (or sequence) count of the global batch when this is a part of it: parts
+    then add up to the whole, the statistics too (ratio_max by max).
+    Statistics: clip_fraction, approx_kl (k3, nats), ratio_mean, ratio_max.
+    """
+    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
+    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    if not clip_range > 0:
+        raise ValueError(f"clip_range is {clip_range}; it must be positive")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it must exceed 1")
+    valid = mask != 0
+    d = torch.where(valid, _real(logprobs) - _real(old_logprobs), 0.0)
+    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    A = torch.where(valid, _real(advantages), 0.0)
+    ratio = d.exp()
+    plain, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
+    losses = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        losses = torch.where(A < 0, torch.minimum(losses, -A * dual_clip), losses)
+
+    def mean(x: Tensor) -> Tensor:
+        return _aggregate(x, mask, aggregation, denominator, cu_seqlens)
+
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": mean((clipped > plain).to(ratio.dtype)),
+            "approx_kl": mean(torch.expm1(d) - d),
+            "ratio_mean": mean(ratio),
+            "ratio_max": torch.where(valid, ratio, 0.0).max() if mask.numel() else ratio.sum(),
+        }
+    return mean(losses), stats
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    aggregation: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """0.5 * max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), a scalar, and statistics.
+
+    aggregation, denominator and cu_seqlens as in `policy_loss`. Statistics: clip_fraction,
+    value_mean, return_mean, error (mean squared V - R).
+    """
+    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
+    _same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    if not clip_range > 0:
+        raise ValueError(f"clip_range is {clip_range}; it must be positive")
+    valid = mask != 0
+    v, old, target = (torch.where(valid, _real(x), 0.0) for x in (values, old_values, returns))
+    plain = (v - target).square()
+    clipped = (v.clamp(old - clip_range, old + clip_range) - target).square()
+
+    def mean(x: Tensor) -> Tensor:
+        return _aggregate(x, mask, aggregation, denominator, cu_seqlens)
+
+    with torch.no_grad():
+        stats = {
+            "clip_fraction": mean((clipped > plain).to(v.dtype)),
+            "value_mean": mean(v),
+            "return_mean": mean(target),
+            "error": mean(plain),
+        }
+    return mean(0.5 * torch.maximum(plain, clipped)), stats
+
+
+def ranking_loss(
+    scores: Tensor, ranks: Tensor, cu_prompts: Tensor, *, denominator: float | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of a reward model on ranked completions, and how often it agrees with the ranking.
+
+    scores (M,); ranks (M,) with 1 the best, equal ranks a tie; cu_prompts (P + 1,) bounds the
+    completions of each prompt. Over the prompts that have a comparison, the mean of
+
+        mean over pairs with rank_i < rank_j of -log sigmoid(s_i - s_j)
+
+    (Ouyang et al. 2022, arXiv:2203.02155, equation 1); accuracy is the same mean of [s_i > s_j].
+    Ties are dropped. denominator: the global number of prompts with a comparison when this is a
+    part of the batch. Without any comparison both are 0.
+    """
+    _same_shape(scores=scores, ranks=ranks)
+    if scores.dim() != 1:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (M,)")
+    prompt, _, _ = _rows(cu_prompts, len(scores))
+    s = _real(scores)
+    better = (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
+    winner, loser = better.nonzero(as_tuple=True)
+    margin = s[winner] - s[loser]
+    zeros = s.new_zeros(len(cu_prompts) - 1)
+    pairs = zeros.index_add(0, prompt[winner], torch.ones_like(margin))
+    n = (pairs > 0).sum().clamp(min=1) if denominator is None else denominator
+
+    def mean(x: Tensor) -> Tensor:
+        return (zeros.index_add(0, prompt[winner], x) / pairs.clamp(min=1)).sum() / n
+
+    loss = mean(-torch.nn.functional.logsigmoid(margin))
+    return loss, mean((margin > 0).to(s.dtype)).detach()
