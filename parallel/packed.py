@@ -1,0 +1,135 @@
+"""Sequences laid end to end, without padding, and their division into micro-batches.
+
+Every rank holds the whole batch (tokens and a few floats per token are small beside a model); the
+engine decides which rank computes which part. So the algorithms above read as if alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """S sequences of N tokens in all. Groups of sequences (the completions of one prompt, say)
+    are never divided over micro-batches; by default each sequence is a group of its own."""
+
+    tokens: Tensor  # (N,) int64
+    cu_seqlens: Tensor  # (S + 1,) int64
+    response_mask: Tensor  # (N,) bool, 1 = a response token that counts; never a first token
+    per_token: dict[str, Tensor] = field(default_factory=dict)  # (N,) each
+    per_sequence: dict[str, Tensor] = field(default_factory=dict)  # (S,) each
+    cu_groups: Tensor | None = None  # (G + 1,) int64, in sequences
+
+    def __post_init__(self) -> None:
+        if self.cu_groups is None:
+            self.cu_groups = torch.arange(len(self.cu_seqlens))
+
+    def __len__(self) -> int:
+        """The number of groups."""
+        return len(self.cu_groups) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) tokens of each sequence."""
+        return self.cu_seqlens.diff()
+
+    @property
+    def sequence(self) -> Tensor:
+        """(N,) the sequence of each token."""
+        return torch.repeat_interleave(self.lengths)
+
+    @property
+    def positions(self) -> Tensor:
+        """(N,) the place of each token in its sequence."""
+        return torch.arange(len(self.tokens)) - self.cu_seqlens[:-1][self.sequence]
+
+    def responses(self) -> list[Tensor]:
+        """The response tokens of each sequence."""
+        parts = zip(*(x.split(self.lengths.tolist()) for x in (self.tokens, self.response_mask)))
+        return [tokens[mask] for tokens, mask in parts]
+
+    def token_index(self, groups: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Indices into the tokens and into the sequences of these groups, in this order."""
+        sequences = _ranges(self.cu_groups, groups)
+        return _ranges(self.cu_seqlens, sequences.tolist()), sequences
+
+    def select(self, groups: Iterable[int]) -> "Batch":
+        """The batch of these groups alone, in this order."""
+        groups = list(groups)
+        tokens, sequences = self.token_index(groups)
+        return Batch(
+            self.tokens[tokens],
+            _cumulative(self.lengths[sequences]),
+            self.response_mask[tokens],
+            {name: x[tokens] for name, x in self.per_token.items()},
+            {name: x[sequences] for name, x in self.per_sequence.items()},
+            _cumulative(self.cu_groups.diff()[torch.tensor(groups, dtype=torch.long)]),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            self.tokens.to(device),
+            self.cu_seqlens.to(device),
+            self.response_mask.to(device),
+            {name: x.to(device) for name, x in self.per_token.items()},
+            {name: x.to(device) for name, x in self.per_sequence.items()},
+            self.cu_groups.to(device),
+        )
+
+    def share(self, n_ranks: int, budget: int) -> list[list[list[int]]]:
+        """For each rank, its micro-batches as lists of groups: about `budget` tokens each (a group
+        longer than that is a micro-batch of its own), the ranks loaded as evenly as lengths allow.
+        """
+        sizes = self.cu_seqlens[self.cu_groups].diff().tolist()
+        loads = [0] * n_ranks
+        owned: list[list[int]] = [[] for _ in range(n_ranks)]
+        for group in sorted(range(len(sizes)), key=lambda g: (-sizes[g], g)):
+            rank = loads.index(min(loads))
+            loads[rank] += sizes[group]
+            owned[rank].append(group)
+        return [_cut(mine, sizes, budget) for mine in owned]
+
+
+def pack(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], groups: Tensor | None = None
+) -> Batch:
+    """A batch of prompt + response sequences; the responses count. An empty prompt gives its first
+    response token away, since nothing precedes it that could predict it."""
+    lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses)])
+    tokens = [t for p, r in zip(prompts, responses) for part in (p, r) for t in part]
+    mask = [c for p, r in zip(prompts, responses) for c in [False] * len(p) + [True] * len(r)]
+    batch = Batch(
+        torch.tensor(tokens, dtype=torch.long),
+        _cumulative(lengths),
+        torch.tensor(mask, dtype=torch.bool),
+        cu_groups=groups,
+    )
+    first = batch.cu_seqlens[:-1][lengths > 0]
+    batch.response_mask[first] = False
+    return batch
+
+
+def _cut(groups: list[int], sizes: list[int], budget: int) -> list[list[int]]:
+    pieces: list[list[int]] = []
+    room = 0
+    for group in sorted(groups):
+        if not pieces or sizes[group] > room:
+            pieces.append([])
+            room = budget
+        pieces[-1].append(group)
+        room -= sizes[group]
+    return pieces
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))
+
+
+def _ranges(bounds: Tensor, chosen: Iterable[int]) -> Tensor:
+    """Concatenated index ranges [bounds[i], bounds[i + 1]) of the chosen i."""
+    parts = [torch.arange(int(bounds[i]), int(bounds[i + 1])) for i in chosen]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -1,0 +1,337 @@
+"""A world in miniature for `tetrad demo`: InstructGPT's problem, small enough for a laptop.
+
+The paper starts from a model that *continues* an instruction where its user wanted an *answer*.
+Here that model is made on purpose. Most pretraining documents are sheets of instructions, one a
+line; a few sheets have the answers below the instructions. A model of such text has seen how
+instructions are answered, and still writes another instruction when it is given one:
+
+    prompt      find the bird: train hen plum⏎
+    it writes   put in the past: ida takes a kite.
+    wanted      the hen.
+
+Demonstrations come from simulated labelers with habits, most of them not quite good ones;
+comparisons from a simulated labeler who sees the gold score through noise; `judge` is the gold
+score. Everything follows from a seed and is short enough for a model that reads bytes: a prompt
+has at most 64, its final newline included, which marks the place of the answer; a demonstration
+has at most 26.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Six of the ten kinds of use in the paper's table 1: those that have short answers.
+KINDS = ("generation", "brainstorm", "rewrite", "classify", "closed_qa", "extract")
+SPLITS = ("train", "heldout")
+HELDOUT_ONE_IN = 8  # about one prompt in eight is held out
+
+# Nouns have at most five letters and start with a consonant, so that "a" is always the article.
+_NAMES = (
+    "tom ann bob eva sam lea max ida ben mia jon zoe lou kim dan eli pat amy ray sue ted joy ned liv"
+).split()
+_COLOURS = "red blue green pink grey black white brown".split()
+_MEMBERS = {
+    "bird": "hen duck crow swan dove gull lark wren".split(),
+    "fruit": "fig plum pear lime kiwi peach melon mango".split(),
+    "tool": "rake spade drill nail hook pump lever clamp".split(),
+    "toy": "ball doll kite drum train block robot swing".split(),
+}
+_CATEGORIES = list(_MEMBERS)
+_CATEGORY_OF = {thing: category for category, members in _MEMBERS.items() for thing in members}
+_THINGS = list(_CATEGORY_OF)
+_PAST = {
+    "finds": "found",
+    "takes": "took",
+    "sells": "sold",
+    "sees": "saw",
+    "holds": "held",
+    "draws": "drew",
+    "keeps": "kept",
+    "loses": "lost",
+}
+_VERBS = frozenset(_PAST) | frozenset(_PAST.values())
+
+Slot = frozenset[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: str
+    prompt: str  # ends with a newline; the response starts right after it
+    answer: str  # one ideal response, for the careful labeler and for the length that is right
+    slip: str  # a wrong response of the same form, for the careless labeler
+    wanted: tuple[Slot, ...]  # a right response has a different word of each slot, in this order
+    unwanted: Slot = frozenset()  # words that contradict the answer, e.g. the other category
+
+
+def tasks(n: int, seed: int, split: str) -> list[Task]:
+    """n tasks with n different prompts, the kinds in equal shares and shuffled.
+
+    A prompt belongs to the split that its own checksum names (`split_of`), so no prompt can be in
+    both, whatever the seeds. Raises ValueError for an unknown split, and when a kind has too few
+    prompts for n (about 20,000 tasks in "train", 3,000 in "heldout").
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+    rng = random.Random(f"tasks {seed} {split}")
+    drawn: dict[str, Task] = {}
+    for i in range(n):
+        kind = KINDS[i % len(KINDS)]
+        for _ in range(1000):
+            task = _draw(kind, split, rng)
+            if task.prompt not in drawn:
+                drawn[task.prompt] = task
+                break
+        else:
+            raise ValueError(f"{n} tasks: {kind} has too few different prompts in {split!r}")
+    shuffled = list(drawn.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def split_of(prompt: str) -> str:
+    return "heldout" if zlib.crc32(prompt.encode()) % HELDOUT_ONE_IN == 0 else "train"
+
+
+def documents(n: int, seed: int) -> list[str]:
+    """n pretraining documents of three to six lines, without a held-out prompt among them.
+
+    Of ten documents six are sheets of instructions alone, two are sheets with the answer under
+    each instruction, and two are plain sentences.
+    """
+    rng = random.Random(f"documents {seed}")
+    return [rng.choices((_sheet, _answered_sheet, _sentences), (6, 2, 2))[0](rng) for _ in range(n)]
+
+
+def demonstration(task: Task, rng: random.Random) -> str:
+    """A response by one of the simulated labelers, drawn by how much each of them writes."""
+    (habit,) = rng.choices(list(_LABELERS), list(_LABELERS.values()))
+    return habit(task, rng)
+
+
+def judge(task: Task, response: str) -> float:
+    """The gold score in [0, 1]: correctness * (1/2 + 1/4 form + 1/4 length).
+
+    correctness: the share of wanted slots that the first line fills, in their order, less one slot
+        for each unwanted word. An instruction or a question in place of an answer has none.
+    form: 1 for a single line that is one sentence and ends with its period, else 0.
+    length: 1 for as many words as the ideal answer; each word more or less takes one half.
+
+    So a wrong answer is worth nothing, however well it is put, and a right one at least 1/2.
+    """
+    text = response.strip()
+    first_line = text.split("\n")[0]
+    if _INSTRUCTION.match(first_line):
+        return 0.0
+    words = re.findall("[a-z]+", first_line)
+    contradictions = len(task.unwanted.intersection(words))
+    correctness = max(0, _slots_filled(task.wanted, words) - contradictions) / len(task.wanted)
+    form = "\n" not in text and text.find(".") == len(text) - 1
+    difference = abs(len(text.split()) - len(task.answer.split()))
+    length = max(0.0, 1 - difference / 2)
+    return correctness * (0.5 + 0.25 * form + 0.25 * length)
+
+
+def rank(
+    task: Task, responses: list[str], rng: random.Random, noise: float = 0.05, tie: float = 0.1
+) -> list[int]:
+    """A labeler's ranks, 1 = best, dense: responses that tie share a rank, the next has the next.
+
+    The labeler sees the gold score plus Gaussian noise of the given standard deviation, the same
+    for two equal texts, and ties a response with the best of its group when they look less than
+    `tie` apart.
+    """
+    seen = {text: judge(task, text) + rng.gauss(0, noise) for text in dict.fromkeys(responses)}
+    ranks: dict[str, int] = {}
+    current, best_of_group = 0, float("inf")
+    for text in sorted(seen, key=seen.__getitem__, reverse=True):
+        if best_of_group - seen[text] >= tie:
+            current, best_of_group = current + 1, seen[text]
+        ranks[text] = current
+    return [ranks[text] for text in responses]
+
+
+# --- what a judge looks for
+
+
+_INSTRUCTION = re.compile(r"write |name |put |find |.*[?:]")
+
+
+def _slots_filled(wanted: tuple[Slot, ...], words: list[str]) -> int:
+    """How many slots the words fill from left to right; a word counts once."""
+    filled, position = set(), 0
+    count = 0
+    for word in words:
+        for i in range(position, len(wanted)):
+            if word in wanted[i] and word not in filled:
+                filled.add(word)
+                position, count = i + 1, count + 1
+                break
+    return count
+
+
+# --- the kinds of task
+
+
+def _draw(kind: str, split: str, rng: random.Random) -> Task:
+    while True:
+        task = _MAKERS[kind](rng)
+        if split_of(task.prompt) == split:
+            return task
+
+
+def _generation(rng: random.Random) -> Task:
+    name, (thing, other) = rng.choice(_NAMES), rng.sample(_THINGS, 2)
+    verb = rng.choice(list(_PAST.values()))
+    return Task(
+        "generation",
+        prompt=f"write about {name} and a {thing}.\n",
+        answer=f"{name} {verb} a {thing}.",
+        slip=f"{name} {verb} a {other}.",
+        wanted=(frozenset({name}), _VERBS, frozenset({thing})),
+        unwanted=frozenset(_THINGS) - {thing},
+    )
+
+
+def _brainstorm(rng: random.Random) -> Task:
+    category, other = rng.sample(_CATEGORIES, 2)
+    not_this, nor_this, first, second = rng.sample(_MEMBERS[category], 4)
+    allowed = frozenset(_MEMBERS[category]) - {not_this, nor_this}
+    return Task(
+        "brainstorm",
+        prompt=f"name two {category}s for {rng.choice(_NAMES)}, no {not_this} or {nor_this}.\n",
+        answer=f"{first} and {second}.",
+        slip=f"{not_this} and {rng.choice(_MEMBERS[other])}.",
+        wanted=(allowed, allowed),
+        unwanted=frozenset(_THINGS) - allowed,
+    )
+
+
+def _rewrite(rng: random.Random) -> Task:
+    name, thing, (verb, past) = (
+        rng.choice(_NAMES),
+        rng.choice(_THINGS),
+        rng.choice(list(_PAST.items())),
+    )
+    return Task(
+        "rewrite",
+        prompt=f"put in the past: {name} {verb} a {thing}.\n",
+        answer=f"{name} {past} a {thing}.",
+        slip=f"{name} {verb} a {thing}.",
+        wanted=(frozenset({name}), frozenset({past}), frozenset({thing})),
+        unwanted=(_VERBS | frozenset(_THINGS)) - {past, thing},
+    )
+
+
+def _classify(rng: random.Random) -> Task:
+    thing = rng.choice(_THINGS)
+    category = _CATEGORY_OF[thing]
+    other = rng.choice([c for c in _CATEGORIES if c != category])
+    this, that = rng.sample((category, other), 2)
+    return Task(
+        "classify",
+        prompt=f"{rng.choice(_NAMES)} has a {thing}. is it a {this} or a {that}?\n",
+        answer=f"a {category}.",
+        slip=f"a {other}.",
+        wanted=(frozenset({category}),),
+        unwanted=frozenset(_CATEGORIES) - {category},
+    )
+
+
+def _closed_qa(rng: random.Random) -> Task:
+    names, things = rng.sample(_NAMES, 2), rng.sample(_THINGS, 2)
+    colours = rng.sample(_COLOURS, 2)
+    owned = [f"a {colour} {thing}." for colour, thing in zip(colours, things, strict=True)]
+    asked = rng.randrange(2)
+    other = 1 - asked
+    return Task(
+        "closed_qa",
+        prompt=f"{names[0]} has {owned[0]} {names[1]} has {owned[1]} what has {names[asked]} got?\n",
+        answer=owned[asked],
+        slip=owned[other],
+        wanted=(frozenset({colours[asked]}), frozenset({things[asked]})),
+        unwanted=frozenset({colours[other], things[other]}),
+    )
+
+
+def _extract(rng: random.Random) -> Task:
+    things = [rng.choice(_MEMBERS[category]) for category in rng.sample(_CATEGORIES, 3)]
+    found, missed = rng.sample(things, 2)
+    return Task(
+        "extract",
+        prompt=f"find the {_CATEGORY_OF[found]}: {' '.join(things)}\n",
+        answer=f"the {found}.",
+        slip=f"the {missed}.",
+        wanted=(frozenset({found}),),
+        unwanted=frozenset(things) - {found},
+    )
+
+
+_MAKERS: dict[str, Callable[[random.Random], Task]] = {
+    "generation": _generation,
+    "brainstorm": _brainstorm,
+    "rewrite": _rewrite,
+    "classify": _classify,
+    "closed_qa": _closed_qa,
+    "extract": _extract,
+}
+
+
+# --- pretraining documents
+
+
+def _sheet(rng: random.Random) -> str:
+    return "".join(_instruction(rng).prompt for _ in range(rng.randint(3, 6)))
+
+
+def _answered_sheet(rng: random.Random) -> str:
+    sheet = [_instruction(rng) for _ in range(rng.randint(2, 4))]
+    return "".join(f"{task.prompt}{task.answer}\n" for task in sheet)
+
+
+def _sentences(rng: random.Random) -> str:
+    return "".join(f"{_sentence(rng)}\n" for _ in range(rng.randint(3, 6)))
+
+
+def _instruction(rng: random.Random) -> Task:
+    return _draw(rng.choice(KINDS), "train", rng)
+
+
+def _sentence(rng: random.Random) -> str:
+    thing = rng.choice(_THINGS)
+    return rng.choice(
+        (
+            f"a {thing} is a {_CATEGORY_OF[thing]}.",
+            f"{rng.choice(_NAMES)} {rng.choice(list(_PAST.values()))} a {thing}.",
+            f"{rng.choice(_NAMES)} has a {rng.choice(_COLOURS)} {thing}.",
+        )
+    )
+
+
+# --- labelers
+
+
+def _careful(task: Task, rng: random.Random) -> str:
+    return task.answer
+
+
+def _hasty(task: Task, rng: random.Random) -> str:
+    return task.answer.removesuffix(".")
+
+
+def _terse(task: Task, rng: random.Random) -> str:
+    words = task.answer.removesuffix(".").split()
+    return " ".join(word for word in words if word not in ("a", "the", "and"))
+
+
+def _wordy(task: Task, rng: random.Random) -> str:
+    return rng.choice(("i think ", "well ok ", "i guess ")) + task.answer
+
+
+def _careless(task: Task, rng: random.Random) -> str:
+    return rng.choice((task.answer, task.slip))
+
+
+_LABELERS = {_careful: 5, _hasty: 4, _terse: 3, _wordy: 5, _careless: 3}  # share of what they write
