@@ -35,6 +35,7 @@ def backend() -> str:
 def install() -> None:
     """Adapt megatron.core to this machine. Call it before anything imports megatron.core."""
     warnings.filterwarnings("ignore", module="megatron")  # five remarks on packages not installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.checkpoint")
     warnings.filterwarnings("ignore", message=".*(tp_group|Apex|Transformer Engine).*")
     if torch.cuda.is_available() or installed():
         return

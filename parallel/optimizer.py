@@ -54,6 +54,7 @@ class Optimizer:
             OptimizerConfig(
                 optimizer="adam",
                 lr=s.lr,
+                min_lr=s.final_lr * s.lr,
                 weight_decay=s.weight_decay,
                 adam_beta1=s.beta1,
                 adam_beta2=s.beta2,
