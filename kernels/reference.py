@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
+ESTIMATORS = ("k1", "k2", "k3", "abs")  # of the KL, see token_kl
 
 
 def _real(x: Tensor) -> Tensor:
@@ -46,6 +47,42 @@ class _SumOverGroup(torch.autograd.Function):
         return gradient, None
 
 
+def _check_token_logprobs(
+    logits: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_start: int,
+    vocab_size: int | None,
+) -> None:  # fmt: skip
+    if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}, logits has shape {tuple(logits.shape)}"
+        )
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
+    if not logits.is_floating_point():
+        raise ValueError(f"logits must be floating point, not {logits.dtype}")
+    if tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
+    if tokens.device != logits.device:
+        raise ValueError(f"tokens are on {tokens.device}, logits on {logits.device}")
+    if vocab_start < 0:
+        raise ValueError(f"vocab_start is {vocab_start}; it must not be negative")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"vocab_size is {vocab_size}; it must be positive")
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < torch.inf:
+            raise ValueError(f"temperature is {temperature}; it must be positive and finite")
+        return
+    if temperature.device != logits.device:
+        raise ValueError(f"temperature is on {temperature.device}, logits on {logits.device}")
+    if temperature.requires_grad:
+        raise ValueError("temperature requires a gradient; there is one for logits only")
+    try:
+        temperature.broadcast_to(tokens.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}, tokens {tuple(tokens.shape)}"
+        ) from None
+
+
 def token_logprobs(
     logits: Tensor,
     tokens: Tensor,
@@ -61,22 +98,13 @@ def token_logprobs(
 
     With `entropy`, also the entropy of that softmax (...); both are differentiable in `logits`.
     Where tokens == ignore_index the results and gradients are 0 and the logits are not looked at.
+    A token outside the vocabulary has log-prob -inf.
     temperature: a positive number, or a tensor that broadcasts to `tokens`.
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V). Columns at or beyond `vocab_size` are padding.
-    Raises ValueError when shapes or dtypes do not fit.
+    Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    if logits.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}, logits has shape {tuple(logits.shape)}"
-        )
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, not {logits.dtype}")
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
-
+    _check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size)
     V = logits.shape[-1]
     counted = tokens != ignore_index
     x = torch.where(counted[..., None], _real(logits), 0.0)
@@ -98,9 +126,11 @@ def token_logprobs(
     local = tokens.long() - vocab_start
     here = counted & (local >= 0) & (local < V)
     chosen = x.gather(-1, local.clamp(0, V - 1)[..., None])[..., 0]
+    target = total(torch.where(here, chosen, 0.0))
+    target = torch.where(total(here.to(x.dtype)) > 0, target, -torch.inf)
     weights = x.exp()
     log_sum = total(weights.sum(-1)).log()
-    logprobs = torch.where(counted, total(torch.where(here, chosen, 0.0)) - log_sum, 0.0)
+    logprobs = torch.where(counted, target - log_sum, 0.0)
     if not entropy:
         return logprobs
     mean = total((weights * torch.where(x == -torch.inf, 0.0, x)).sum(-1)) / log_sum.exp()
@@ -114,7 +144,7 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     (Schulman 2020, joschu.net/blog/kl-approx.html). k1 and k3 are unbiased; k3 is never negative;
     as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there.
     """
-    _one_of("estimator", estimator, ("k1", "k2", "k3", "abs"))
+    _one_of("estimator", estimator, ESTIMATORS)
     _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     d = _real(logprobs) - _real(ref_logprobs)
     if estimator == "k1":
@@ -126,15 +156,35 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
 
 
-def _rows(cu_seqlens: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
+def _check_bounds(name: str, bounds: Tensor, n: int) -> None:
+    """Refuse bounds that do not rise from 0 to n. On a GPU their content is trusted: no sync."""
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, not {bounds.dtype}")
+    if bounds.dim() != 1 or len(bounds) < 1:
+        raise ValueError(f"{name} has shape {tuple(bounds.shape)}; it must be (sequences + 1,)")
+    if bounds.is_cuda:
+        return
+    if int(bounds[0]) != 0 or int(bounds[-1]) != n or (bounds.diff() < 0).any():
+        raise ValueError(f"{name} must rise from 0 to {n}, not {bounds.tolist()}")
+
+
+def _sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
+    """How many sequences a padded (B, T) or packed (N,) shape holds, after checking it."""
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(f"mask has shape {tuple(shape)}; without cu_seqlens: (B, T)")
+        return shape[0]
+    if len(shape) != 1:
+        raise ValueError(f"mask has shape {tuple(shape)}; with cu_seqlens: (N,)")
+    _check_bounds("cu_seqlens", cu_seqlens, shape[0])
+    return len(cu_seqlens) - 1
+
+
+def _rows(bounds: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
     """For packed tokens: the sequence of each (N,), its place in it (N,), the longest length."""
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or int(cu_seqlens[-1]) != n_tokens:
-        raise ValueError(f"cu_seqlens must rise from 0 to {n_tokens}, not {cu_seqlens.tolist()}")
-    lengths = cu_seqlens.long().diff()
-    if int(cu_seqlens[0]) != 0 or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens must rise from 0 to {n_tokens}, not {cu_seqlens.tolist()}")
+    lengths = bounds.long().diff()
     sequence = torch.repeat_interleave(lengths)
-    place = torch.arange(n_tokens, device=cu_seqlens.device) - cu_seqlens.long()[sequence]
+    place = torch.arange(n_tokens, device=bounds.device) - bounds.long()[sequence]
     return sequence, place, int(lengths.max()) if len(lengths) else 0
 
 
@@ -143,6 +193,22 @@ def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
     position = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
     last = position.new_full((n_sequences,), -1).scatter_reduce(0, sequence, position, "amax")
     return mask & (position == last[sequence])
+
+
+def _check_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
+    cu_seqlens: Tensor | None, mask_mode: str, bootstrap: Tensor | None,
+) -> int:  # fmt: skip
+    """The number of sequences, once the arguments of `gae` fit each other."""
+    _one_of("mask_mode", mask_mode, ("carry", "decay"))
+    _same_shape(rewards=rewards, values=values, mask=mask)
+    for name, x in ("gamma", gamma), ("lam", lam):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name} is {x}; it must lie in [0, 1]")
+    S = _sequences(mask.shape, cu_seqlens)
+    if bootstrap is not None and bootstrap.shape != (S,):
+        raise ValueError(f"bootstrap has shape {tuple(bootstrap.shape)}; it must be ({S},)")
+    return S
 
 
 def gae(
@@ -167,11 +233,9 @@ def gae(
     unchanged ("carry": verl, NeMo-RL), or is a step of reward 0 and value 0 that the recursion
     runs through, discounting ("decay": OpenRLHF). Steps after the last valid one never count.
     """
-    _one_of("mask_mode", mask_mode, ("carry", "decay"))
-    _same_shape(rewards=rewards, values=values, mask=mask)
+    B = _check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
     if cu_seqlens is not None:
         sequence, place, T = _rows(cu_seqlens, len(rewards))
-        B = len(cu_seqlens) - 1
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(B, T).index_put((sequence, place), x)
@@ -182,19 +246,14 @@ def gae(
         )  # fmt: skip
         return advantages[sequence, place], returns[sequence, place]
 
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}; without cu_seqlens: (B, T)")
     valid = mask != 0
     r = torch.where(valid, _real(rewards), 0.0)
     v = torch.where(valid, _real(values), 0.0)
-    B, T = r.shape
     next_value = v.new_zeros(B) if bootstrap is None else bootstrap.to(v.dtype)
-    if next_value.shape != (B,):
-        raise ValueError(f"bootstrap has shape {tuple(next_value.shape)}; it must be ({B},)")
     advantage = v.new_zeros(B)
     advantages = torch.zeros_like(v)
     begun = valid.new_zeros(B)  # whether a valid step was met, walking backwards
-    for t in reversed(range(T)):
+    for t in reversed(range(r.shape[1])):
         begun = begun | valid[:, t]
         counts = valid[:, t] if mask_mode == "carry" else begun
         step = r[:, t] + gamma * next_value - v[:, t] + gamma * lam * advantage
@@ -242,6 +301,19 @@ class PPOAdvantages(NamedTuple):
     kl: Tensor  # nats, the estimate that was charged for
 
 
+def _check_ppo_advantages(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
+    estimator: str, gamma: float, lam: float, cu_seqlens: Tensor | None, mask_mode: str,
+) -> int:  # fmt: skip
+    """The number of sequences, once the arguments of `ppo_advantages` fit each other."""
+    _one_of("estimator", estimator, ESTIMATORS)
+    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, mask=mask)
+    S = _check_gae(logprobs, values, mask, gamma, lam, cu_seqlens, mask_mode, None)
+    if scores.shape != (S,):
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be ({S},)")
+    return S
+
+
 def ppo_advantages(
     scores: Tensor,
     logprobs: Tensor,
@@ -265,12 +337,9 @@ def ppo_advantages(
     last valid token of its sequence (a sequence without one gets none); then `gae`, then `whiten`
     over all ranks of group. whiten_rewards keeps the mean (lm-human-preferences).
     """
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, mask=mask)
-    if cu_seqlens is None and mask.dim() != 2:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; without cu_seqlens: (B, T)")
-    S = mask.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if scores.shape != (S,):
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be ({S},)")
+    S = _check_ppo_advantages(
+        scores, logprobs, ref_logprobs, values, mask, estimator, gamma, lam, cu_seqlens, mask_mode
+    )
     valid = mask != 0
     kl = torch.where(valid, token_kl(logprobs, ref_logprobs, estimator=estimator), 0.0)
     if cu_seqlens is None:
@@ -289,6 +358,38 @@ def ppo_advantages(
     return PPOAdvantages(rewards, advantages, returns, kl)
 
 
+def _check_loss(
+    mask: Tensor, clip_range: float, aggregation: str, denominator: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    """What `policy_loss` and `value_loss` both ask of their arguments."""
+    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
+    if not clip_range > 0:
+        raise ValueError(f"clip_range is {clip_range}; it must be positive")
+    _check_denominator(denominator)
+    if aggregation == "sequence-mean":
+        _sequences(mask.shape, cu_seqlens)
+
+
+def _check_denominator(denominator: float | Tensor | None) -> None:
+    if isinstance(denominator, Tensor):
+        if denominator.dim() != 0:
+            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be 0-d")
+    elif denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator is {denominator}; it must be positive")
+
+
+def _check_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
+    dual_clip: float | None, aggregation: str, denominator: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:  # fmt: skip
+    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    _check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip is {dual_clip}; it must exceed 1")
+
+
 def _aggregate(
     x: Tensor, mask: Tensor, aggregation: str, denominator: float | Tensor | None,
     cu_seqlens: Tensor | None,
@@ -299,8 +400,6 @@ def _aggregate(
     if aggregation == "token-mean":
         return x.sum() / (valid.sum().clamp(min=1) if denominator is None else denominator)
     if cu_seqlens is None:
-        if x.dim() != 2:
-            raise ValueError(f"mask has shape {tuple(x.shape)}; sequence-mean needs (B, T)")
         sums, counts = x.sum(1), valid.sum(1)
     else:
         sequence, _, _ = _rows(cu_seqlens, len(x))
@@ -335,12 +434,10 @@ def policy_loss(
     then add up to the whole, the statistics too (ratio_max by max).
     Statistics: clip_fraction, approx_kl (k3, nats), ratio_mean, ratio_max.
     """
-    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
-    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    if not clip_range > 0:
-        raise ValueError(f"clip_range is {clip_range}; it must be positive")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip is {dual_clip}; it must exceed 1")
+    _check_policy_loss(
+        logprobs, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
+        cu_seqlens,
+    )  # fmt: skip
     valid = mask != 0
     d = torch.where(valid, _real(logprobs) - _real(old_logprobs), 0.0)
     d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -380,10 +477,8 @@ def value_loss(
     aggregation, denominator and cu_seqlens as in `policy_loss`. Statistics: clip_fraction,
     value_mean, return_mean, error (mean squared V - R).
     """
-    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
     _same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    if not clip_range > 0:
-        raise ValueError(f"clip_range is {clip_range}; it must be positive")
+    _check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
     valid = mask != 0
     v, old, target = (torch.where(valid, _real(x), 0.0) for x in (values, old_values, returns))
     plain = (v - target).square()
@@ -402,6 +497,16 @@ def value_loss(
     return mean(0.5 * torch.maximum(plain, clipped)), stats
 
 
+def _check_ranking(
+    scores: Tensor, ranks: Tensor, cu_prompts: Tensor, denominator: float | Tensor | None
+) -> None:
+    _same_shape(scores=scores, ranks=ranks)
+    if scores.dim() != 1:
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (M,)")
+    _check_bounds("cu_prompts", cu_prompts, len(scores))
+    _check_denominator(denominator)
+
+
 def ranking_loss(
     scores: Tensor, ranks: Tensor, cu_prompts: Tensor, *, denominator: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -416,9 +521,7 @@ def ranking_loss(
     Ties are dropped. denominator: the global number of prompts with a comparison when this is a
     part of the batch. Without any comparison both are 0.
     """
-    _same_shape(scores=scores, ranks=ranks)
-    if scores.dim() != 1:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (M,)")
+    _check_ranking(scores, ranks, cu_prompts, denominator)
     prompt, _, _ = _rows(cu_prompts, len(scores))
     s = _real(scores)
     better = (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])

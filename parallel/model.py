@@ -161,7 +161,19 @@ def build(
         model.output_layer = ScalarHead(architecture.hidden_size)
     _initialise(model, topology, seed)
     model.to(device.device())
-    return model if precision == "fp32" else Float16Module(config, model)
+    if precision == "fp32":
+        return model
+    module = Float16Module(config, model)
+    if head == "scalar" and topology.is_last_stage:
+        model.output_layer.float()  # one row: nothing to save, and its bias is shifted exactly
+    return module
+
+
+@torch.no_grad()
+def shift_scores(model: Model, amount: float) -> None:
+    """Add `amount` to every score of a scalar model."""
+    if model.post_process:
+        model.output_layer.bias += amount
 
 
 def unwrap(model: nn.Module) -> Model:

@@ -203,16 +203,18 @@ class _Formatter(string.Formatter):
         return kwargs[str(key)]
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        try:
-            return super().get_field(field_name, args, kwargs)
-        except (LookupError, TypeError, AttributeError):
-            has = ", ".join(kwargs) or "nothing"
-            raise DataError(f"no {{{field_name}}}; the row has {has}") from None
-
-    def format_field(self, value: Any, format_spec: str) -> str:
+        value = self.lookup(field_name, kwargs)
         if not isinstance(value, str | int | float):
-            raise DataError(f"a template meets {short(value)} where it needs text")
-        return format(value, format_spec)
+            raise DataError(f"{{{field_name}}} is {short(value)}, not text")
+        return value, field_name
+
+    def lookup(self, field_name: str, row: Mapping[str, Any]) -> Any:
+        """What `field_name`, as in "chosen[value]", is in this row: of any type."""
+        try:
+            return super().get_field(field_name, (), row)[0]
+        except (LookupError, TypeError, AttributeError, ValueError):
+            has = ", ".join(row) or "nothing"
+            raise DataError(f"no {{{field_name}}}; the row has {has}") from None
 
 
 _formatter = _Formatter()
@@ -257,7 +259,7 @@ def _filled(template: Any, row: Mapping[str, Any]) -> Any:
     if isinstance(template, str):
         match list(_formatter.parse(template)):
             case [("", str(name), "", None)]:
-                value, _ = _formatter.get_field(name, (), row)
+                value = _formatter.lookup(name, row)
                 if isinstance(value, list):
                     return [_from_sharegpt(v) for v in value]
         return _formatter.vformat(template, (), row).strip()
@@ -269,8 +271,8 @@ def _filled(template: Any, row: Mapping[str, Any]) -> Any:
 def _from_sharegpt(value: Any) -> Any:
     if not (isinstance(value, Mapping) and {"from", "value"} <= value.keys()):
         return value
-    role = value["from"]
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": value["value"]}
+    role = SHAREGPT_ROLES.get(str(value["from"]), value["from"])
+    return {"role": role, "content": value["value"]}
 
 
 def _number(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Text to token ids and back: raw bytes, or any Hugging Face tokenizer behind the same interface."""
+"""Text to token ids and back: raw bytes, or any Hugging Face tokenizer by the same interface."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 Prompt = str | list[dict[str, str]]  # text, or messages {"role", "content"}
 
@@ -47,9 +47,10 @@ class HuggingFaceTokenizer:
         )  # seconds to import, and the byte tokenizer needs none
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer {name!r}: {str(error).partition('\n')[0]}") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"tokenizer {name!r}: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise ValueError(f"tokenizer {name!r} has no end-of-text token (eos_token)")
         self.vocab_size = len(self._tokenizer)  # its own vocab_size leaves added tokens out

@@ -27,25 +27,18 @@ KINDS = ("generation", "brainstorm", "rewrite", "classify", "closed_qa", "extrac
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 8  # about one prompt in eight is held out
 
-# Nouns have at most five letters and start with a consonant, so that "a" is always the article.
-_NAMES = (
-    "tom ann bob eva sam lea max ida ben mia jon zoe lou kim dan eli pat amy ray sue ted joy ned liv"
-).split()
-_COLOURS = "red blue green pink grey black white brown".split()
+# Short words: no response passes 28 bytes. Nouns start with a consonant, so that "a" always fits.
 _MEMBERS = {
-    "bird": "hen duck crow swan dove gull lark wren".split(),
-    "fruit": "fig plum pear lime kiwi peach melon mango".split(),
-    "tool": "rake spade drill nail hook pump lever clamp".split(),
-    "toy": "ball doll kite drum train block robot swing".split(),
+    "bird": ("hen", "crow", "swan", "dove", "lark", "wren"),
+    "fruit": ("fig", "plum", "pear", "lime", "kiwi", "date"),
+    "tool": ("rake", "saw", "nail", "hook", "pump", "jack"),
+    "toy": ("ball", "doll", "kite", "drum", "yoyo", "top"),
 }
 _CATEGORIES = list(_MEMBERS)
 _CATEGORY_OF = {thing: category for category, members in _MEMBERS.items() for thing in members}
-_THINGS = list(_CATEGORY_OF)
 _PAST = {
-    "finds": "found",
     "takes": "took",
     "sells": "sold",
-    "sees": "saw",
     "holds": "held",
     "draws": "drew",
     "keeps": "kept",
@@ -54,6 +47,22 @@ _PAST = {
 _VERBS = frozenset(_PAST) | frozenset(_PAST.values())
 
 Slot = frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What tasks and sentences are made of: the whole world, or what one document is about."""
+
+    names: tuple[str, ...]
+    colours: tuple[str, ...]
+    things: tuple[str, ...]
+
+
+_WORLD = _Words(
+    names=tuple("tom ann bob eva sam lea max ida ben mia jon zoe".split()),
+    colours=("red", "blue", "pink", "grey", "gold", "tan"),
+    things=tuple(_CATEGORY_OF),
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def tasks(n: int, seed: int, split: str) -> list[Task]:
     for i in range(n):
         kind = KINDS[i % len(KINDS)]
         for _ in range(1000):
-            task = _draw(kind, split, rng)
+            task = _draw(kind, split, _WORLD, rng)
             if task.prompt not in drawn:
                 drawn[task.prompt] = task
                 break
@@ -96,13 +105,23 @@ def split_of(prompt: str) -> str:
 
 
 def documents(n: int, seed: int) -> list[str]:
-    """n pretraining documents of three to six lines, without a held-out prompt among them.
+    """n pretraining documents of three to eight lines, without a held-out prompt among them.
 
-    Of ten documents six are sheets of instructions alone, two are sheets with the answer under
-    each instruction, and two are plain sentences.
+    Of ten documents five are sheets of instructions alone, three are sheets with the answer under
+    each instruction, and two are plain sentences. Each is about a few people and things, as texts
+    are: what was named comes back, which is what teaches a small model to copy.
     """
     rng = random.Random(f"documents {seed}")
-    return [rng.choices((_sheet, _answered_sheet, _sentences), (6, 2, 2))[0](rng) for _ in range(n)]
+    written = []
+    for _ in range(n):
+        about = _Words(
+            names=tuple(rng.sample(_WORLD.names, 2)),
+            colours=tuple(rng.sample(_WORLD.colours, 2)),
+            things=tuple(rng.choice(members) for members in _MEMBERS.values()),
+        )
+        (write,) = rng.choices((_sheet, _answered_sheet, _sentences), (5, 3, 2))
+        written.append(write(about, rng))
+    return written
 
 
 def demonstration(task: Task, rng: random.Random) -> str:
@@ -175,101 +194,104 @@ def _slots_filled(wanted: tuple[Slot, ...], words: list[str]) -> int:
 # --- the kinds of task
 
 
-def _draw(kind: str, split: str, rng: random.Random) -> Task:
+def _draw(kind: str, split: str, words: _Words, rng: random.Random) -> Task:
     while True:
-        task = _MAKERS[kind](rng)
+        task = _MAKERS[kind](words, rng)
         if split_of(task.prompt) == split:
             return task
 
 
-def _generation(rng: random.Random) -> Task:
-    name, (thing, other) = rng.choice(_NAMES), rng.sample(_THINGS, 2)
+def _generation(words: _Words, rng: random.Random) -> Task:
+    name, colour = rng.choice(words.names), rng.choice(words.colours)
+    thing, other = rng.sample(words.things, 2)
     verb = rng.choice(list(_PAST.values()))
     return Task(
         "generation",
-        prompt=f"write about {name} and a {thing}.\n",
-        answer=f"{name} {verb} a {thing}.",
+        prompt=f"write about {name} and a {colour} {thing}.\n",
+        answer=f"{name} {verb} a {colour} {thing}.",
         slip=f"{name} {verb} a {other}.",
-        wanted=(frozenset({name}), _VERBS, frozenset({thing})),
-        unwanted=frozenset(_THINGS) - {thing},
+        wanted=_slots(name, _VERBS, colour, thing),
+        unwanted=frozenset(_WORLD.things) - {thing},
     )
 
 
-def _brainstorm(rng: random.Random) -> Task:
+def _brainstorm(words: _Words, rng: random.Random) -> Task:
     category, other = rng.sample(_CATEGORIES, 2)
     not_this, nor_this, first, second = rng.sample(_MEMBERS[category], 4)
     allowed = frozenset(_MEMBERS[category]) - {not_this, nor_this}
     return Task(
         "brainstorm",
-        prompt=f"name two {category}s for {rng.choice(_NAMES)}, no {not_this} or {nor_this}.\n",
+        prompt=f"name two {category}s for {rng.choice(words.names)}, no {not_this} or {nor_this}.\n",
         answer=f"{first} and {second}.",
         slip=f"{not_this} and {rng.choice(_MEMBERS[other])}.",
-        wanted=(allowed, allowed),
-        unwanted=frozenset(_THINGS) - allowed,
+        wanted=_slots(allowed, allowed),
+        unwanted=frozenset(_WORLD.things) - allowed,
     )
 
 
-def _rewrite(rng: random.Random) -> Task:
-    name, thing, (verb, past) = (
-        rng.choice(_NAMES),
-        rng.choice(_THINGS),
-        rng.choice(list(_PAST.items())),
-    )
+def _rewrite(words: _Words, rng: random.Random) -> Task:
+    name, thing = rng.choice(words.names), rng.choice(words.things)
+    verb, past = rng.choice(list(_PAST.items()))
     return Task(
         "rewrite",
         prompt=f"put in the past: {name} {verb} a {thing}.\n",
         answer=f"{name} {past} a {thing}.",
         slip=f"{name} {verb} a {thing}.",
-        wanted=(frozenset({name}), frozenset({past}), frozenset({thing})),
-        unwanted=(_VERBS | frozenset(_THINGS)) - {past, thing},
+        wanted=_slots(name, past, thing),
+        unwanted=(_VERBS | frozenset(_WORLD.things)) - {past, thing},
     )
 
 
-def _classify(rng: random.Random) -> Task:
-    thing = rng.choice(_THINGS)
+def _classify(words: _Words, rng: random.Random) -> Task:
+    thing = rng.choice(words.things)
     category = _CATEGORY_OF[thing]
     other = rng.choice([c for c in _CATEGORIES if c != category])
     this, that = rng.sample((category, other), 2)
     return Task(
         "classify",
-        prompt=f"{rng.choice(_NAMES)} has a {thing}. is it a {this} or a {that}?\n",
+        prompt=f"{rng.choice(words.names)} has a {thing}. is it a {this} or a {that}?\n",
         answer=f"a {category}.",
         slip=f"a {other}.",
-        wanted=(frozenset({category}),),
+        wanted=_slots(category),
         unwanted=frozenset(_CATEGORIES) - {category},
     )
 
 
-def _closed_qa(rng: random.Random) -> Task:
-    names, things = rng.sample(_NAMES, 2), rng.sample(_THINGS, 2)
-    colours = rng.sample(_COLOURS, 2)
+def _closed_qa(words: _Words, rng: random.Random) -> Task:
+    names, things = rng.sample(words.names, 2), rng.sample(words.things, 2)
+    colours = rng.sample(words.colours, 2)
     owned = [f"a {colour} {thing}." for colour, thing in zip(colours, things, strict=True)]
-    asked = rng.randrange(2)
-    other = 1 - asked
+    asked, other = rng.sample((0, 1), 2)
     return Task(
         "closed_qa",
         prompt=f"{names[0]} has {owned[0]} {names[1]} has {owned[1]} what has {names[asked]} got?\n",
         answer=owned[asked],
         slip=owned[other],
-        wanted=(frozenset({colours[asked]}), frozenset({things[asked]})),
+        wanted=_slots(colours[asked], things[asked]),
         unwanted=frozenset({colours[other], things[other]}),
     )
 
 
-def _extract(rng: random.Random) -> Task:
-    things = [rng.choice(_MEMBERS[category]) for category in rng.sample(_CATEGORIES, 3)]
+def _extract(words: _Words, rng: random.Random) -> Task:
+    things: list[str] = []
+    for category in rng.sample(_CATEGORIES, 3):
+        things.append(rng.choice([t for t in words.things if _CATEGORY_OF[t] == category]))
     found, missed = rng.sample(things, 2)
     return Task(
         "extract",
         prompt=f"find the {_CATEGORY_OF[found]}: {' '.join(things)}\n",
         answer=f"the {found}.",
         slip=f"the {missed}.",
-        wanted=(frozenset({found}),),
-        unwanted=frozenset(things) - {found},
+        wanted=_slots(found),
+        unwanted=frozenset(_WORLD.things) - {found},
     )
 
 
-_MAKERS: dict[str, Callable[[random.Random], Task]] = {
+def _slots(*alternatives: str | Slot) -> tuple[Slot, ...]:
+    return tuple(frozenset({a}) if isinstance(a, str) else a for a in alternatives)
+
+
+_MAKERS: dict[str, Callable[[_Words, random.Random], Task]] = {
     "generation": _generation,
     "brainstorm": _brainstorm,
     "rewrite": _rewrite,
@@ -282,30 +304,33 @@ _MAKERS: dict[str, Callable[[random.Random], Task]] = {
 # --- pretraining documents
 
 
-def _sheet(rng: random.Random) -> str:
-    return "".join(_instruction(rng).prompt for _ in range(rng.randint(3, 6)))
+def _sheet(words: _Words, rng: random.Random) -> str:
+    return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(3, 6)))
 
 
-def _answered_sheet(rng: random.Random) -> str:
-    sheet = [_instruction(rng) for _ in range(rng.randint(2, 4))]
+def _answered_sheet(words: _Words, rng: random.Random) -> str:
+    sheet = [_instruction(words, rng) for _ in range(rng.randint(2, 4))]
     return "".join(f"{task.prompt}{task.answer}\n" for task in sheet)
 
 
-def _sentences(rng: random.Random) -> str:
-    return "".join(f"{_sentence(rng)}\n" for _ in range(rng.randint(3, 6)))
+def _sentences(words: _Words, rng: random.Random) -> str:
+    return "".join(f"{_sentence(words, rng)}\n" for _ in range(rng.randint(3, 6)))
 
 
-def _instruction(rng: random.Random) -> Task:
-    return _draw(rng.choice(KINDS), "train", rng)
+def _instruction(words: _Words, rng: random.Random) -> Task:
+    return _draw(rng.choice(KINDS), "train", words, rng)
 
 
-def _sentence(rng: random.Random) -> str:
-    thing = rng.choice(_THINGS)
+def _sentence(words: _Words, rng: random.Random) -> str:
+    name, colour, thing = (
+        rng.choice(choices) for choices in (words.names, words.colours, words.things)
+    )
+    verb, past = rng.choice(list(_PAST.items()))
     return rng.choice(
         (
             f"a {thing} is a {_CATEGORY_OF[thing]}.",
-            f"{rng.choice(_NAMES)} {rng.choice(list(_PAST.values()))} a {thing}.",
-            f"{rng.choice(_NAMES)} has a {rng.choice(_COLOURS)} {thing}.",
+            f"{name} {verb} a {thing}. {name} {past} a {thing}.",
+            f"{name} has a {colour} {thing}. the {thing} is {colour}.",
         )
     )
 
@@ -327,7 +352,7 @@ def _terse(task: Task, rng: random.Random) -> str:
 
 
 def _wordy(task: Task, rng: random.Random) -> str:
-    return rng.choice(("i think ", "well ok ", "i guess ")) + task.answer
+    return rng.choice(("i say ", "ok so ", "it is ")) + task.answer
 
 
 def _careless(task: Task, rng: random.Random) -> str:

@@ -20,6 +20,7 @@ BF16_NAN = 0x7FC0
 
 def install() -> None:
     """Change Triton's interpreter in this process, for good."""
+    np.seterr(all="ignore")  # a GPU does not warn of NaN and Inf
     builder = stock.interpreter_builder
     builder.options = dataclasses.replace(builder.options, debug=True)  # asserts and overflow raise
 
@@ -78,16 +79,18 @@ def _cast(stock_cast: Callable) -> Callable:
 
 
 def _in_fp32(operation: Callable) -> Callable:
-    """Operate on bf16 operands in fp32; the result takes the type of the last operand."""
+    """Operate on bf16 operands in fp32; the result takes the type of the last operand.
+
+    A comparison has truth values, which as shipped are typed like what was compared.
+    """
 
     def operate(self, *args):
         operands = [x for x in args if isinstance(x, TensorHandle)]
-        if not any(map(_is_bf16, operands)):
-            return operation(self, *args)
         args = [_widen(x) if isinstance(x, TensorHandle) and _is_bf16(x) else x for x in args]
         result = operation(self, *args)
-        compared = result.data.dtype == bool
-        return _narrow(result) if _is_bf16(operands[-1]) and not compared else result
+        if result.data.dtype == bool:
+            return TensorHandle(result.data, tl.int1)
+        return _narrow(result) if _is_bf16(operands[-1]) else result
 
     return operate
 

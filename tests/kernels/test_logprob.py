@@ -1,0 +1,331 @@
+import math
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.kernels.traffic import Traffic
+from tests.parallel.forked_world import run_world
+from tetrad.kernels import launch, reference
+from tetrad.kernels.logprob import token_logprobs
+
+IMPLEMENTATIONS = pytest.mark.parametrize(
+    "logprobs_of", [token_logprobs, reference.token_logprobs], ids=["kernel", "reference"]
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+# One column has probability 1; 7 is less than a block and 128 one block exactly; 1000 is no power
+# of two; 50257 takes four splits, the last one ragged.
+SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 50257)]
+
+
+def run(logprobs_of: Callable, logits: Tensor, tokens: Tensor, **options) -> list[Tensor]:
+    """Log-probs, entropies, and the gradient of a sum of them with random weights."""
+    weights = torch.randn(2, *tokens.shape, generator=torch.Generator().manual_seed(0))
+    logits = logits.detach().requires_grad_()
+    logprobs, entropy = logprobs_of(logits, tokens, entropy=True, **options)
+    (weights[0].to(logprobs) * logprobs + weights[1].to(logprobs) * entropy).sum().backward()
+    return [logprobs.detach(), entropy.detach(), logits.grad]
+
+
+@pytest.fixture
+def check(assert_as_exact) -> Callable[..., None]:
+    def compare(logits: Tensor, tokens: Tensor, **options) -> None:
+        kernel = run(token_logprobs, logits, tokens, **options)
+        plain = run(reference.token_logprobs, logits, tokens, **options)
+        truth = run(reference.token_logprobs, logits.double(), tokens, **options)
+        for outputs in zip(kernel, plain, truth, strict=True):
+            assert_as_exact(*outputs)
+
+    return compare
+
+
+@pytest.mark.parametrize("rows, V", SHAPES, ids=str)
+@DTYPES
+def test_matches_reference(rows, V, dtype, device, check) -> None:
+    tokens = torch.randint(V, rows, device=device)
+    check((4 * torch.randn(*rows, V, device=device)).to(dtype), tokens, temperature=1.3)
+
+
+def test_many_rows(device, check) -> None:
+    """300 rows take three programs of _combine, the last one ragged."""
+    check(torch.randn(300, 7, device=device), torch.randint(7, (300,), device=device))
+
+
+@DTYPES
+def test_without_entropy(dtype, device, assert_as_exact) -> None:
+    logits = (4 * torch.randn(5, 1000, device=device)).to(dtype)
+    tokens = torch.randint(1000, (5,), device=device, dtype=torch.int32)
+
+    def run(f, x) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = f(x, tokens)
+        y.sum().backward()  # an upstream gradient of stride 0
+        return y.detach(), x.grad
+
+    kernel = run(token_logprobs, logits)
+    plain = run(reference.token_logprobs, logits)
+    for outputs in zip(kernel, plain, run(reference.token_logprobs, logits.double()), strict=True):
+        assert_as_exact(*outputs)
+
+
+@IMPLEMENTATIONS
+def test_by_hand(logprobs_of, device) -> None:
+    """p = (1, 2, 5) / 8; at temperature 1/2 (1, 4, 25) / 30; without the last column (1, 2) / 3."""
+    logits = torch.tensor([1.0, 2.0, 5.0], device=device).log().expand(4, 3)
+    logits = logits.clone().requires_grad_()
+    tokens = torch.tensor([2, 0, -100, 1], device=device)
+    logprobs, entropy = logprobs_of(logits, tokens, entropy=True)
+    H = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    expected = [math.log(5 / 8), math.log(1 / 8), 0.0, math.log(2 / 8)]
+    torch.testing.assert_close(logprobs.tolist(), expected)
+    torch.testing.assert_close(entropy.tolist(), [H, H, 0.0, H])
+
+    (logprobs.sum() + entropy[3]).backward()
+    rows = [
+        [-1 / 8, -2 / 8, 3 / 8],
+        [7 / 8, -2 / 8, -5 / 8],
+        [0.0, 0.0, 0.0],
+        [-1 / 8, 6 / 8, -5 / 8],
+    ]
+    for j, p in enumerate((1 / 8, 2 / 8, 5 / 8)):
+        rows[3][j] -= p * (math.log(p) + H)
+    torch.testing.assert_close(logits.grad, torch.tensor(rows, device=device))
+
+    cooler = logprobs_of(logits, tokens, temperature=0.5)
+    expected = [math.log(25 / 30), math.log(1 / 30), 0.0, math.log(4 / 30)]
+    torch.testing.assert_close(cooler.tolist(), expected)
+    logits.grad = None
+    cooler[0].backward()
+    expected = torch.tensor([-2 / 30, -8 / 30, 10 / 30], device=device)
+    torch.testing.assert_close(logits.grad[0], expected)
+
+    narrower = logprobs_of(logits, tokens, vocab_size=2)
+    expected = [-math.inf, math.log(1 / 3), 0.0, math.log(2 / 3)]
+    torch.testing.assert_close(narrower.tolist(), expected)
+
+
+def test_gradients_of_the_reference() -> None:
+    tokens = torch.tensor([[0, 4], [-100, 2]])
+    logits = torch.randn(2, 2, 5, dtype=torch.float64, requires_grad=True)
+    options = {"temperature": 0.7, "entropy": True, "vocab_size": 5}
+    assert torch.autograd.gradcheck(
+        lambda x: reference.token_logprobs(x, tokens, **options), logits
+    )
+
+
+@IMPLEMENTATIONS
+def test_what_is_ignored_is_not_read(logprobs_of, device) -> None:
+    """NaN in ignored rows, padding columns, their temperature and upstream gradient: no change."""
+    clean = torch.randn(6, 40, device=device)
+    tokens = torch.tensor([3, -1, 30, 0, -1, 32], device=device)
+    ignored = tokens == -1
+    temperature = torch.rand(6, device=device) + 0.5
+    poisoned = clean.clone()
+    poisoned[ignored] = torch.nan
+    poisoned[:, 33:] = torch.nan
+    nan_where_ignored = torch.where(ignored, torch.nan, 1.0)
+
+    def run(x: Tensor, noise: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        outputs = logprobs_of(
+            x, tokens, temperature=temperature * noise, entropy=True, ignore_index=-1, vocab_size=33
+        )
+        torch.autograd.backward(outputs, [2.0 * noise, -1.0 * noise])
+        return [*(y.detach() for y in outputs), x.grad]
+
+    expected = run(clean, torch.ones(6, device=device))
+    for y, y_expected in zip(run(poisoned, nan_where_ignored), expected, strict=True):
+        assert torch.equal(y, y_expected)
+        assert (y[ignored] == 0).all() and (y[~ignored] != 0).any()
+    assert (expected[2][:, 33:] == 0).all()
+
+
+LAYOUTS = {
+    "slice of columns": lambda x: x.view(6, 40)[:, 3:24],
+    "slice of time": lambda x: x.view(2, 6, 20)[:, :-1],
+    "transposed": lambda x: x.view(20, 12).t(),
+    "every second column": lambda x: x.view(6, 40)[:, ::2],
+    "expanded": lambda x: x[:20].expand(2, 3, 20),
+    "four dimensions": lambda x: x.view(2, 3, 2, 20).transpose(0, 2)[:, :2],
+    "logits (V,), one token": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout, device, assert_as_exact) -> None:
+    base = torch.randn(240, device=device)
+    before = base.clone()
+    logits = LAYOUTS[layout](base)
+    tokens = torch.randint(logits.shape[-1], logits.shape[:-1], device=device)
+    temperature = torch.tensor(0.8, device=device)  # broadcast
+
+    def run(f, x) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        outputs = f(LAYOUTS[layout](x), tokens, temperature=temperature)
+        outputs.sum().backward()
+        return [outputs.detach(), x.grad]
+
+    kernel, plain = run(token_logprobs, base), run(reference.token_logprobs, base)
+    truth = run(reference.token_logprobs, base.double())
+    for outputs in zip(kernel, plain, truth, strict=True):
+        assert_as_exact(*outputs)
+    assert torch.equal(base, before)
+
+
+def test_offsets_beyond_32_bits(device) -> None:
+    """Pages that are not touched cost nothing: the storage may be larger than the memory."""
+    if device != "cpu":
+        pytest.skip("a GPU would commit the memory")
+    storage = torch.UntypedStorage(2 * (2**31 + 2**20))
+    tokens = torch.tensor([1, 2, 0])
+    for strides in (2**30 + 16, 1), (1, 2**30 + 16):
+        logits = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (3, 3), strides).normal_()
+        outputs = run(token_logprobs, logits, tokens)
+        for y, expected in zip(outputs, run(token_logprobs, logits.clone(), tokens), strict=True):
+            assert torch.equal(y, expected)
+
+
+@DTYPES
+def test_extreme_logits(dtype, device, check) -> None:
+    """Rows whose exp overflows, far off 0, that are certain, that rule out most columns."""
+    logits = torch.randn(5, 300, device=device).to(dtype)
+    logits[0] *= 1e4
+    logits[1] += 3e4
+    logits[2, 17] = 500.0
+    logits[3, :200] = -torch.inf  # the first GROUPs of columns see nothing but -inf
+    logits[4, 5:] = -torch.inf
+    tokens = torch.tensor([int(logits[0].argmax()), 0, 17, 250, 2], device=device)
+    check(logits, tokens)
+    check(logits, tokens, temperature=0.1)
+
+
+@IMPLEMENTATIONS
+def test_tokens_outside_the_vocabulary_have_probability_zero(logprobs_of, device) -> None:
+    tokens = torch.tensor([-1, 8, 9, 2**31 - 1, -100], device=device)
+    logits = torch.randn(5, 9, device=device, requires_grad=True)
+    logprobs = logprobs_of(logits, tokens, vocab_size=8)
+    assert (logprobs[:4] == -torch.inf).all() and logprobs[4] == 0
+    logprobs.sum().backward()
+    p = logits.detach()[:4, :8].softmax(-1)
+    torch.testing.assert_close(logits.grad[:4, :8], -p)
+
+
+def test_nan_stays_in_its_row(device) -> None:
+    logits = torch.randn(3, 300, device=device)
+    tokens = torch.tensor([0, 1, 2], device=device)
+    clean = run(token_logprobs, logits, tokens)
+    logits[1, 7] = torch.nan
+    for y, expected in zip(run(token_logprobs, logits, tokens), clean, strict=True):
+        assert y[1].isnan().all() and torch.equal(y[0::2], expected[0::2])
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(device) -> None:
+    logits = torch.randn(6, 20000, device=device).bfloat16()
+    tokens = torch.randint(20000, (6,), device=device)
+    batch, again = (run(token_logprobs, logits, tokens) for _ in range(2))
+    temperatures = torch.ones(6, device=device)
+    per_token = run(token_logprobs, logits, tokens, temperature=temperatures)
+    alone = run(token_logprobs, logits[:1], tokens[:1])
+    for y, y_again, y_per_token, y_alone in zip(batch, again, per_token, alone, strict=True):
+        assert torch.equal(y, y_again) and torch.equal(y, y_per_token)
+        if y.dim() == 1:  # the random weights of the gradient depend on the batch
+            assert torch.equal(y[:1], y_alone)
+
+
+def test_moves_no_more_than_it_must(device) -> None:
+    if device != "cpu":
+        pytest.skip("traffic is counted in the interpreter")
+    n_padding, V = 24, 1000
+    logits = torch.randn(2, 4, V + n_padding, dtype=torch.bfloat16)[:, :3].requires_grad_()
+    tokens = torch.tensor([[5, -100, 999], [0, 7, 500]])
+    counted = tokens != -100
+    with Traffic() as forward:
+        logprobs, entropy = token_logprobs(logits, tokens, entropy=True, vocab_size=V)
+    expected = counted[..., None] & (torch.arange(V + n_padding) < V)
+    expected = expected.int()
+    expected[counted] += torch.nn.functional.one_hot(tokens[counted], V + n_padding).int()
+    assert torch.equal(forward.reads(logits), expected)  # the target once more
+    floor = counted.sum().item() * V * logits.element_size()
+    assert floor < forward.bytes_read < 1.03 * floor and forward.bytes_written < 0.03 * floor
+
+    with Traffic() as backward:
+        (logprobs + entropy)[0].sum().backward()  # the second sequence gets no gradient
+    reads = backward.reads(logits)
+    assert (reads[0, 0::2, :V] == 1).all() and reads.sum() == 2 * V
+    assert (backward.writes(logits.grad) == 1).all()
+    assert backward.bytes_written == logits.numel() * logits.element_size()
+
+
+def test_runs_the_reference_where_no_kernel_runs(device, monkeypatch) -> None:
+    logits, tokens = torch.randn(3, 20, dtype=torch.float64), torch.tensor([1, 2, 3])
+    with mock.patch.object(reference, "token_logprobs", return_value="reference"):
+        assert token_logprobs(logits.to(device), tokens.to(device)) == "reference"
+        monkeypatch.setattr(launch, "INTERPRETED", False)
+        assert token_logprobs(logits.float(), tokens) == "reference"
+
+
+BAD = {
+    "tokens has shape": {"tokens": torch.zeros(3, dtype=torch.long)},
+    "no column": {"logits": torch.zeros(2, 0)},
+    "logits must be floating point": {"logits": torch.zeros(2, 5, dtype=torch.long)},
+    "tokens must be int32 or int64": {"tokens": torch.zeros(2)},
+    "tokens are on meta": {"tokens": torch.zeros(2, dtype=torch.long, device="meta")},
+    "temperature is 0": {"temperature": 0},
+    "temperature is nan": {"temperature": math.nan},
+    "temperature is on meta": {"temperature": torch.ones(2, device="meta")},
+    "temperature has shape": {"temperature": torch.ones(3)},
+    "temperature requires a gradient": {"temperature": torch.ones(2, requires_grad=True)},
+    "vocab_start is -1": {"vocab_start": -1},
+    "vocab_size is 0": {"vocab_size": 0},
+}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused(logprobs_of, message) -> None:
+    good = {"logits": torch.zeros(2, 5), "tokens": torch.zeros(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match=message):
+        logprobs_of(**good | BAD[message])
+
+
+# 45 of 50 columns count: the second of two shards ends in padding, the third of three is nothing
+# but padding, and no shard is as wide as another.
+SHARDS = {1: [50], 2: [37, 13], 3: [20, 27, 3]}
+
+
+@pytest.mark.parametrize("ranks", SHARDS)
+@IMPLEMENTATIONS
+def test_vocabulary_split_over_ranks(logprobs_of, ranks, device, assert_as_exact) -> None:
+    if device != "cpu":
+        pytest.skip("the ranks are processes that share one CPU")
+    logits = 4 * torch.randn(2, 3, 50)
+    logits[..., 45:] = torch.nan
+    logits[1, 0, 20:] = -torch.inf  # nothing on the other shards
+    tokens = torch.tensor([[0, 44, 21], [19, -100, 36]])
+    options = {"vocab_size": 45, "temperature": 1.7}
+    plain = run(reference.token_logprobs, logits, tokens, **options)
+    truth = run(reference.token_logprobs, logits.double(), tokens, **options)
+
+    def rank() -> list:
+        starts = [sum(SHARDS[ranks][:i]) for i in range(ranks)]
+        start, width = starts[dist.get_rank()], SHARDS[ranks][dist.get_rank()]
+        shard = logits[..., start : start + width]
+        group = dist.group.WORLD
+        gather = mock.patch.object(
+            dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor
+        )
+        with gather as gather:
+            outputs = run(logprobs_of, shard, tokens, **options, vocab_start=start, group=group)
+        assert gather.call_count == (logprobs_of is token_logprobs)
+        return [y.tolist() for y in outputs]
+
+    results = [[torch.tensor(y) for y in outputs] for outputs in run_world(ranks, rank)]
+    for result in results:
+        assert torch.equal(result[0], results[0][0]) and torch.equal(result[1], results[0][1])
+    gradient = torch.cat([result[2] for result in results], -1)
+    for outputs in zip([*results[0][:2], gradient], plain, truth, strict=True):
+        assert_as_exact(*outputs)

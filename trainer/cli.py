@@ -1,0 +1,115 @@
+"""tetrad COMMAND [CONFIG.yaml] [a.b=value …]
+
+Every training command reads a YAML file, then the overrides, and writes into the folder `out`:
+config.yaml, metrics.jsonl, summary.json, TensorBoard events and checkpoints. On several GPUs:
+torchrun --nproc-per-node N --no-python tetrad COMMAND … parallel.tp=2 parallel.pp=2
+"""
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+
+COMMANDS = {  # name: (module and function, config, what it does)
+    "demo": ("demo:demo", "Demo", "the three steps of InstructGPT in miniature, with a report"),
+    "pretrain": ("sft:pretrain", "Pretrain", "train a language model on text"),
+    "sft": ("sft:sft", "SFT", "fine-tune it on demonstrations"),
+    "rm": ("rm:rm", "RM", "train a reward model on ranked completions"),
+    "ppo": ("ppo:ppo", "PPO", "optimise the policy against the reward model: PPO, PPO-ptx"),
+    "generate": ("evaluate:generate", "Generate", "sample answers to prompts"),
+    "evaluate": ("evaluate:evaluate", "Evaluate", "loss on text, reward, win rate, KL"),
+}
+
+
+def main() -> None:
+    """The console script. Bad input: one line, exit 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0 if arguments else 2)
+    command, *rest = arguments
+    if command == "doctor":
+        print(doctor())
+        return
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, [*COMMANDS, "doctor"], n=1, cutoff=0.0)
+            raise ValueError(f"unknown command {command}; the nearest is {near[0]}")
+        _run(command, rest)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TETRAD_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"tetrad {command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    from tetrad.parallel import device
+
+    device.install()  # before anything imports megatron.core
+    from tetrad.parallel import topology
+    from tetrad.trainer import config
+
+    where, schema, _ = COMMANDS[command]
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(config.described(getattr(config, schema)))
+        return
+    cfg = config.parse(getattr(config, schema), arguments)
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("tetrad").setLevel(level)
+    module, function = where.split(":")
+    stage: Callable = getattr(importlib.import_module(f"tetrad.trainer.{module}"), function)
+    try:
+        stage(cfg)
+    finally:
+        topology.shutdown()
+
+
+def _usage() -> str:
+    lines = [f"  {name:10} {does}" for name, (_, _, does) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: tetrad COMMAND [CONFIG.yaml] [a.b=value …]    (tetrad COMMAND --help: its keys)",
+            *lines,
+            "  doctor     what this machine offers, and which path each part takes",
+        ]
+    )
+
+
+def doctor() -> str:
+    """Versions, devices, and what runs where."""
+    import torch
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "absent"
+
+    cuda = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    ops = "Triton" if cuda else "interpreted Triton (slow)" if interpreted else "PyTorch reference"
+    packages = ("torch", "triton", "megatron-core", "transformers", "datasets", "psutil")
+    # NVIDIA's apex is not PyPI's: only its submodules tell
+    apex = importlib.util.find_spec("apex") and importlib.util.find_spec("apex.normalization")
+    rows = {
+        "python": f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores",
+        **{name: version(name) for name in packages},
+        "GPUs": ", ".join(gpus) or "none",
+        "processes": "NCCL" if cuda else "gloo",
+        "fused ops": ops,
+        "megatron-core": f"{version('megatron-core')}, {'as it is' if cuda else 'adapted to CPU'}",
+        "attention": "scaled_dot_product_attention over right-padded sequences",
+        "flash-attn": f"{version('flash-attn')} (not used)",
+        "NVIDIA apex": f"{'present' if apex else 'absent'} (not used)",
+        "Transformer Engine": f"{version('transformer-engine')} (not used)",
+    }
+    return "\n".join(f"{name:20} {value}" for name, value in rows.items())

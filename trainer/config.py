@@ -1,0 +1,253 @@
+"""What each command can be told, with defaults; and how a command line becomes such an object.
+
+The defaults are InstructGPT's (Ouyang et al. 2022, appendix C) where the paper gives a number.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tetrad.parallel.model import Architecture
+from tetrad.parallel.optimizer import Schedule
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass
+class Parallel:
+    tp: int = 1  # tensor parallel ranks
+    pp: int = 1  # pipeline stages; what remains of the processes is data parallel
+    precision: str = "fp32"  # "fp32" or "bf16" (with fp32 main weights)
+    microbatch_tokens: int = 16384  # tokens of a micro-batch on one rank
+
+
+@dataclass
+class Model:
+    """Where a model comes from: a checkpoint, or a fresh one of this shape."""
+
+    init: str | None = None  # a run's folder, a checkpoint or one role's folder in it
+    tokenizer: str = "bytes"  # or a local folder or hub name; a checkpoint brings its own
+    family: str = "llama"
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    ffn_hidden_size: int | None = None
+    max_length: int = 512  # tokens
+    tie_embeddings: bool = True
+
+    def architecture(self, vocab_size: int) -> Architecture:
+        shape = {k: v for k, v in vars(self).items() if k not in ("init", "tokenizer")}
+        return Architecture(vocab_size=vocab_size, **shape)
+
+
+@dataclass
+class Data:
+    path: str | None = None  # .jsonl, .json, .txt (or .gz of these), .parquet, or a hub name
+    fields: dict[str, Any] = field(default_factory=dict)  # our fields from the file's, as templates
+    split: str = "train"  # of a hub data set
+    limit: int | None = None  # rows to read
+
+
+@dataclass
+class Run:
+    """What every command has."""
+
+    out: str = MISSING  # folder of this run
+    seed: int = 0
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+@dataclass
+class Training(Run):
+    """What every training command has."""
+
+    model: Model = field(default_factory=Model)
+    save_every: int = 100  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # checkpoints kept
+    resume: bool = True  # continue the run in `out`, if there is one; False starts it afresh
+    stop_after: int | None = None  # end this process after so many steps; the run stays resumable
+
+
+@dataclass
+class Pretrain(Training):
+    text: Data = field(default_factory=Data)
+    length: int = 512  # tokens of a training sequence
+    epochs: float = 1
+    batch_size: int = 32  # sequences
+    validation: float = 0.02  # fraction of the sequences held out
+    dropout: float = 0.0
+    schedule: Schedule = field(default_factory=lambda: Schedule(lr=3e-4, warmup_steps=100))
+
+
+@dataclass
+class SFT(Training):
+    data: Data = field(default_factory=Data)
+    max_length: int = 2048  # tokens of prompt + response
+    epochs: float = 16
+    batch_size: int = 32  # demonstrations
+    validation: float = 0.02  # fraction of the demonstrations held out
+    dropout: float = 0.2  # on the residual branches
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass
+class RM(Training):
+    data: Data = field(default_factory=Data)
+    max_length: int = 2048  # tokens of prompt + completion
+    epochs: float = 1  # more over-fits
+    batch_size: int = 64  # prompts, each with all its completions
+    validation: float = 0.05  # fraction of the prompts held out
+    dropout: float = 0.0
+    demonstrations: Data = field(default_factory=Data)  # the bias is shifted: these average 0
+    schedule: Schedule = field(default_factory=lambda: Schedule(lr=9e-6))
+
+
+@dataclass
+class Sampling:
+    max_new: int = 1024  # tokens of a response
+    temperature: float = 1.0
+    rows_at_once: int = 256  # responses that one rank samples together (the key-value cache)
+
+
+@dataclass
+class PPO(Training):
+    """model.init is the policy to start from, and the reference unless `reference` names one."""
+
+    reward: str = MISSING  # the reward model's run or checkpoint
+    critic: str | None = None  # default: starts from the reward model
+    reference: str | None = None  # default: model.init
+    prompts: Data = field(default_factory=Data)
+    max_prompt: int = 1024  # tokens; longer prompts are left out
+    text: Data = field(default_factory=Data)  # pretraining text, for ptx_coef > 0
+    steps: int = 500  # iterations: 256k episodes at a batch of 512
+    batch_size: int = 512  # episodes of one iteration
+    minibatch_size: int = 64  # episodes of one optimizer step
+    ppo_epochs: int = 1  # passes over the episodes of one iteration
+    sampling: Sampling = field(default_factory=Sampling)
+    no_eos_score: float | None = None  # replaces the score of a response cut at max_new
+    kl_coef: float = 0.02  # reward per nat of KL to the reference
+    kl_estimator: str = "k1"
+    gamma: float = 1.0  # no discount
+    lam: float = 0.95  # of GAE; not in the paper
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    ptx_coef: float = 0.0  # weight of the pretraining loss; InstructGPT: 27.8
+    ptx_ratio: float = 8.0  # pretraining sequences per episode
+    ptx_length: int = 512  # tokens of a pretraining sequence
+    schedule: Schedule = field(default_factory=lambda: _ppo_schedule(9e-6))  # lr not in the paper
+    critic_schedule: Schedule = field(default_factory=lambda: _ppo_schedule(9e-6))
+
+
+def _ppo_schedule(lr: float) -> Schedule:
+    return Schedule(lr=lr, decay="constant", warmup_steps=10)
+
+
+@dataclass
+class Generate(Run):
+    model: str = MISSING  # a run or checkpoint
+    prompt: str | None = None  # one prompt, or
+    prompts: Data = field(default_factory=Data)  # many
+    max_prompt: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Evaluate(Run):
+    model: str = MISSING  # a run or checkpoint of a language model
+    text: Data = field(default_factory=Data)  # -> loss in nats per token
+    length: int = 512
+    prompts: Data = field(default_factory=Data)  # with `reward` -> score of sampled responses
+    max_prompt: int = 1024
+    reward: str | None = None
+    baseline: str | None = None  # another policy -> win rate by the reward model, and KL to it
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass
+class Demo(Run):
+    out: str = "runs/demo"
+    scale: float = 1.0  # of all numbers of steps; small ones only show that everything runs
+    parallel: Parallel = field(default_factory=lambda: Parallel(microbatch_tokens=8192))
+
+
+class ConfigError(ValueError):
+    """A command line or YAML file that does not fit; the message is one line."""
+
+
+def parse(schema: type, arguments: list[str]) -> Any:
+    """[CONFIG.yaml] [a.b=value …] -> an object of the schema. Later arguments win."""
+    config = OmegaConf.structured(schema)
+    for argument in arguments:
+        if "=" in argument:
+            key, _, text = argument.partition("=")
+            _check_key(key, config, argument)
+            layer = OmegaConf.from_dotlist([argument])
+        else:
+            layer = _load(argument)
+            for key in _leaves(layer):
+                _check_key(key, config, argument)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or argument
+            raise ConfigError(f"{argument}: {key}: {str(error).splitlines()[0]}") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"missing {', '.join(missing)}; give {missing[0]}=…")
+    return OmegaConf.to_object(config)
+
+
+def as_yaml(config: Any) -> str:
+    """The resolved config, as `parse` would read it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _load(name: str) -> DictConfig:
+    path = Path(name)
+    if not path.exists():
+        path = RECIPES / name
+    if not path.is_file():
+        raise ConfigError(f"no config file {name}, here or among the recipes")
+    try:
+        layer = OmegaConf.load(path)
+    except Exception as error:  # the YAML parser's own errors have no common class
+        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from None
+    if not isinstance(layer, DictConfig):
+        raise ConfigError(f"{name}: not a mapping of keys to values")
+    return layer
+
+
+def _leaves(layer: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in layer:
+        child = layer._get_node(key)
+        if isinstance(child, DictConfig) and str(key) != "fields" and not child._is_none():
+            keys += _leaves(child, f"{prefix}{key}.")
+        else:
+            keys.append(f"{prefix}{key}")
+    return keys
+
+
+def _check_key(key: str, config: DictConfig, argument: str) -> None:
+    """Raise when `key` is not in the schema, naming the nearest that is."""
+    known = set(_leaves(config))
+    if key in known or any(key.startswith(f"{k}.") for k in known if k.endswith("fields")):
+        return
+    sections = {k[: m.start()] for k in known for m in re.finditer(r"\.", k)}
+    if key in sections:
+        raise ConfigError(f"{argument}: {key} is a section; set one of its keys, {key}.…")
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
+    raise ConfigError(f"{argument}: unknown key {key}; the nearest is {near[0]}")
+
+
+def described(schema: type) -> str:
+    """The keys of a command with their defaults, as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(schema))

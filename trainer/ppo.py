@@ -1,0 +1,202 @@
+"""Stage 3, PPO-ptx: optimise the policy against the reward model (InstructGPT, section 3.5).
+
+`iteration` is the whole algorithm; everything else here prepares or repeats it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tetrad.kernels.advantages import PPOAdvantages, ppo_advantages
+from tetrad.kernels.ppo_loss import policy_loss, value_loss
+from tetrad.parallel.engine import Engine
+from tetrad.parallel.packed import Batch, pack
+from tetrad.parallel.topology import generator
+from tetrad.trainer import config
+from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
+from tetrad.trainer.loop import batches, build_role, start, tokenizer_of, train
+from tetrad.trainer.metrics import write_summary
+from tetrad.trainer.rollout import Episodes, rollout
+from tetrad.trainer.sft import language_loss
+
+Text = Callable[[int], Batch]  # optimizer step -> pretraining sequences
+
+
+@dataclass
+class Roles:
+    policy: Engine
+    reference: Engine
+    critic: Engine
+    reward: Engine
+
+
+def iteration(
+    roles: Roles, prompts: list[list[int]], text: Text | None, cfg: config.PPO, eos_id: int, i: int
+) -> dict[str, float]:
+    """Iteration i of PPO-ptx: sample, score, judge, learn."""
+    temperature = cfg.sampling.temperature
+
+    # 1. Rollout: one response per prompt, on the training weights.
+    episodes = rollout(roles.policy, prompts, cfg.sampling, eos_id, seed=(cfg.seed, i))
+    batch = episodes.batch
+
+    # 2. Score: what must stay fixed while the policy moves.
+    old_logprobs = roles.policy.logprobs(batch, temperature)
+    ref_logprobs = roles.reference.logprobs(batch, temperature)
+    old_values = roles.critic.values(batch)
+    scores = roles.reward.scores(batch)
+    if cfg.no_eos_score is not None:
+        scores = torch.where(episodes.ended, scores, cfg.no_eos_score)
+
+    # 3. Judge: charge for KL at every token, add the score at the last one; advantages.
+    judged = ppo_advantages(
+        scores, old_logprobs, ref_logprobs, old_values, batch.response_mask,
+        kl_coef=cfg.kl_coef, estimator=cfg.kl_estimator, gamma=cfg.gamma, lam=cfg.lam,
+        whiten_rewards=cfg.whiten_rewards, whiten_advantages=cfg.whiten_advantages,
+        cu_seqlens=batch.cu_seqlens,
+    )  # fmt: skip
+    batch.per_token |= {
+        "old_logprobs": old_logprobs, "advantages": judged.advantages,
+        "old_values": old_values, "returns": judged.returns,
+    }  # fmt: skip
+
+    # 4. Learn: the PPO and the pretraining gradient in one buffer, then policy and critic step.
+    log = Log()
+    for k, minibatch in minibatches(batch, cfg, i):
+        n = minibatch.response_mask.sum().clamp(min=1)
+
+        def clipped_policy(logprobs: Tensor, part: Batch, n=n):
+            return policy_loss(
+                logprobs, part.per_token["old_logprobs"], part.per_token["advantages"],
+                part.response_mask, clip_range=cfg.clip_range, denominator=n,
+            )  # fmt: skip
+
+        def clipped_value(values: Tensor, part: Batch, n=n):
+            return value_loss(
+                values, part.per_token["old_values"], part.per_token["returns"],
+                part.response_mask, clip_range=cfg.value_clip_range, denominator=n,
+            )  # fmt: skip
+
+        log.add("policy", roles.policy.accumulate_logprobs(minibatch, clipped_policy, temperature))
+        if text is not None:
+            pretraining = text(k)
+            loss = language_loss(pretraining, cfg.ptx_coef)
+            log.add("ptx", roles.policy.accumulate_logprobs(pretraining, loss))
+        log.add("critic", roles.critic.accumulate_values(minibatch, clipped_value))
+        log.add("policy", roles.policy.step())
+        log.add("critic", roles.critic.step())
+    return log.means() | described(episodes, scores, judged)
+
+
+def minibatches(batch: Batch, cfg: config.PPO, i: int):
+    """(optimizer step, its episodes): ppo_epochs shuffled passes over the episodes."""
+    n = math.ceil(len(batch) / cfg.minibatch_size)
+    for epoch in range(cfg.ppo_epochs):
+        order = torch.randperm(len(batch), generator=generator(cfg.seed, i, epoch)).tolist()
+        for k in range(n):
+            chosen = order[k * cfg.minibatch_size : (k + 1) * cfg.minibatch_size]
+            yield (i * cfg.ppo_epochs + epoch) * n + k, batch.select(chosen)
+
+
+class Log:
+    """Statistics of the minibatches of one iteration: policy/loss, critic/grad_norm, …"""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def add(self, role: str, stats: dict[str, float]) -> None:
+        for name, value in stats.items():
+            self.values.setdefault(f"{role}/{name}", []).append(value)
+
+    def means(self) -> dict[str, float]:
+        """The mean over minibatches, or the largest of names in _max; and the first of each loss
+        statistic that tells whether old and new log-probs agree."""
+        first = {
+            f"{name}_first": self.values[name][0]
+            for name in ("policy/loss", "policy/ratio_max", "policy/approx_kl", "critic/loss")
+        }
+        return first | {
+            name: max(v) if name.endswith("_max") else sum(v) / len(v)
+            for name, v in self.values.items()
+        }
+
+
+def described(episodes: Episodes, scores: Tensor, judged: PPOAdvantages) -> dict[str, float]:
+    """Means over the episodes of an iteration; KL in nats per response."""
+    batch = episodes.batch
+    n = len(batch)
+    sampled, old = batch.per_token["sampled_logprobs"], batch.per_token["old_logprobs"]
+    return {
+        "score": float(scores.mean()),
+        "kl": float(judged.kl.sum() / n),
+        "reward": float(judged.rewards.sum() / n),
+        "response_tokens": float(batch.response_mask.sum() / n),
+        "ended": float(episodes.ended.float().mean()),
+        "sampling_mismatch_max": float((sampled - old).abs().max()),
+        "tokens": len(batch.tokens),
+    }
+
+
+def ppo(cfg: config.PPO) -> dict[str, float]:
+    """Run PPO-ptx; the summary."""
+    topology = start(cfg)
+    if cfg.model.init is None:
+        raise ValueError("model.init is missing: the policy that PPO starts from (an SFT run)")
+    name, tokenizer = tokenizer_of(cfg.model)
+    if cfg.batch_size % cfg.minibatch_size:
+        raise ValueError(
+            f"minibatch_size {cfg.minibatch_size} does not divide batch_size {cfg.batch_size}"
+        )
+    rows = read("prompts", **vars(cfg.prompts))
+    prompts = tokenize_prompts(rows, tokenizer, cfg.max_prompt)
+    _, chosen = batches(len(prompts), cfg.batch_size, math.inf, cfg.seed)
+    text = _pretraining_text(cfg, tokenizer) if cfg.ptx_coef else None
+
+    def role(head: str, init: str, **training) -> Engine:
+        return build_role(cfg, topology, head, config.Model(init=init), **training)
+
+    updates = cfg.steps * cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
+    roles = Roles(
+        policy=role("language", cfg.model.init, schedule=cfg.schedule, steps=updates),
+        reference=role("language", cfg.reference or cfg.model.init),
+        critic=role(
+            "scalar", cfg.critic or cfg.reward, schedule=cfg.critic_schedule, steps=updates
+        ),
+        reward=role("scalar", cfg.reward),
+    )
+
+    def step(i: int) -> dict[str, float]:
+        batch = [prompts[j] for j in chosen(i)]
+        return iteration(roles, batch, text, cfg, tokenizer.eos_id, i)
+
+    history: list[dict[str, float]] = []
+    complete = train(
+        cfg,
+        {"policy": roles.policy, "critic": roles.critic},
+        cfg.steps,
+        lambda i: history.append(step(i)) or history[-1],
+        name="ppo-ptx" if text else "ppo",
+        tokenizer=name,
+        shown=("score", "kl", "reward", "policy/clip_fraction"),
+    )
+    summary = {"complete": complete, "steps": cfg.steps, "episodes": cfg.steps * cfg.batch_size}
+    if history:
+        summary |= {name: history[-1][name] for name in ("score", "kl", "reward")}
+    write_summary(Path(cfg.out), summary)
+    return summary
+
+
+def _pretraining_text(cfg: config.PPO, tokenizer) -> Text:
+    blocks = tokenize_text(read("text", **vars(cfg.text)), tokenizer, cfg.ptx_length)
+    size = max(1, round(cfg.ptx_ratio * cfg.minibatch_size))
+    _, chosen = batches(len(blocks), size, math.inf, cfg.seed)
+
+    def text(k: int) -> Batch:
+        drawn = [blocks[j] for j in chosen(k)]
+        return pack([[]] * len(drawn), drawn)
+
+    return text

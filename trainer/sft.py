@@ -1,0 +1,78 @@
+"""Stage 1, supervised fine-tuning (InstructGPT, section 3.5), and the pretraining before it.
+
+Both minimise the mean loss per token of sequences; SFT counts the response tokens alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from tetrad.parallel.engine import Engine
+from tetrad.parallel.packed import Batch, pack
+from tetrad.trainer import config
+from tetrad.trainer.data import read, tokenize_demonstrations, tokenize_text
+from tetrad.trainer.loop import batches, build_role, held_out, start, tokenizer_of, train
+from tetrad.trainer.metrics import write_summary
+
+
+def sft(cfg: config.SFT) -> dict[str, float]:
+    """Fine-tune on demonstrations; the summary (losses in nats per response token)."""
+    topology = start(cfg)
+    name, tokenizer = tokenizer_of(cfg.model)
+    rows = read("demonstrations", **vars(cfg.data))
+    examples = tokenize_demonstrations(rows, tokenizer, cfg.max_length)
+    return _fit(cfg, topology, "sft", name, [e.prompt for e in examples], [e.response for e in examples])
+
+
+def pretrain(cfg: config.Pretrain) -> dict[str, float]:
+    """Train on plain text; the summary (losses in nats per token)."""
+    topology = start(cfg)
+    name, tokenizer = tokenizer_of(cfg.model)
+    blocks = tokenize_text(read("text", **vars(cfg.text)), tokenizer, cfg.length)
+    return _fit(cfg, topology, "pretrain", name, [[]] * len(blocks), blocks)
+
+
+def _fit(
+    cfg: config.SFT | config.Pretrain, topology, stage: str, tokenizer: str,
+    prompts: list[list[int]], responses: list[list[int]],
+) -> dict[str, float]:  # fmt: skip
+    training, validation = held_out(len(prompts), cfg.validation, cfg.seed)
+    steps, chosen = batches(len(training), cfg.batch_size, cfg.epochs, cfg.seed)
+    model = build_role(
+        cfg, topology, "language", cfg.model,
+        schedule=cfg.schedule, steps=steps, dropout=cfg.dropout,
+    )  # fmt: skip
+
+    def sequences(examples: list[int]) -> Batch:
+        return pack([prompts[i] for i in examples], [responses[i] for i in examples])
+
+    def step(i: int) -> dict[str, float]:
+        batch = sequences([training[j] for j in chosen(i)])
+        stats = model.accumulate_logprobs(batch, language_loss(batch))
+        return stats | model.step() | {"tokens": len(batch.tokens)}
+
+    complete = train(
+        cfg, {"policy": model}, steps, step, name=stage, tokenizer=tokenizer, shown=("loss", "lr")
+    )
+    summary = {"complete": complete, "steps": steps, "examples": len(training)}
+    if validation:
+        summary["validation_loss"] = mean_loss(model, sequences(validation))
+    write_summary(Path(cfg.out), summary)
+    return summary
+
+
+def language_loss(batch: Batch, weight: float = 1.0) -> Callable:
+    """weight times the mean negative log-prob of the batch's counted tokens, for the engine."""
+    n = batch.response_mask.sum().clamp(min=1)
+
+    def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        nats = -logprobs.sum() / n
+        return weight * nats, {"nats_per_token": nats}
+
+    return loss
+
+
+def mean_loss(model: Engine, batch: Batch) -> float:
+    """Mean negative log-prob of the batch's counted tokens, nats."""
+    return float(-model.logprobs(batch).sum() / batch.response_mask.sum())
