@@ -37,7 +37,7 @@ def _weight(mask_ptr, start, end, PER_SEQUENCE: tl.constexpr, BLOCK: tl.constexp
     weight = tl.cast(1.0, REAL)
     if PER_SEQUENCE:
         count = tl.zeros([BLOCK], tl.int32)
-        for first in tl.range(start, end, BLOCK, loop_unroll_factor=1):
+        for first in range(start, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
             count += (tl.load(mask_ptr + at, mask=at < end, other=0) != 0).to(tl.int32)
         weight = 1 / tl.maximum(tl.sum(count, 0), 1).to(REAL)
@@ -241,6 +241,7 @@ class _ClippedLoss(torch.autograd.Function):
         kernel[grid](
             x, first, second, mask, cu_seqlens, gradient, parts, rows, length, n, **numbers,
             PER_SEQUENCE=per_sequence, BLOCK=BLOCK,
+            maxnreg=96,  # left to itself, ptxas spills to come down to 64
         )  # fmt: skip
         loss, stats, scale = _finished(parts, denominator, last_is_max=kernel is _policy)
         ctx.save_for_backward(gradient, scale)

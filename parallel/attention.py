@@ -1,32 +1,32 @@
 """Causal attention over packed sequences, with or without a key-value cache."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass
 class KVCache:
-    """Keys and values of `rows` sequences of at most `max_length` tokens, for every local layer."""
+    """Keys and values of a batch of sequences of at most `max_length` tokens, for every layer."""
 
-    rows: int
-    max_length: int
-    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor, p: "Packing") -> tuple[Tensor, Tensor]:
-        """Store k and v (T, heads, d) behind what the rows of p hold; (S, length, heads, d) of all."""
-        assert p.cache_rows is not None and p.start is not None
+        """Store k and v (T, heads, d) behind what is there; (S, longest_context, heads, d) of all."""
         if layer not in self.layers:
-            shape = (self.rows, self.max_length, *k.shape[1:])
+            shape = (len(p.cu_seqlens) - 1, self.max_length, *k.shape[1:])
             self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
-        rows, places = p.cache_rows[p.sequence], p.start[p.sequence] + p.place
-        held = []
-        for store, new in zip(self.layers[layer], (k, v)):
-            store[rows, places] = new
-            held.append(store[p.cache_rows, : p.longest_context])
-        return held[0], held[1]
+        keys, values = self.layers[layer]
+        keys[p.sequence, p.positions] = k
+        values[p.sequence, p.positions] = v
+        return keys[:, : p.longest_context], values[:, : p.longest_context]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all but these rows (a boolean mask)."""
+        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
 
 
 @dataclass
@@ -40,7 +40,6 @@ class Packing:
     cu_seqlens: Tensor  # (S + 1,)
     output_rows: Tensor  # (R,) tokens whose final hidden state goes into the head
     cache: KVCache | None = None
-    cache_rows: Tensor | None = None  # (S,) row of each sequence in the cache
     start: Tensor | None = None  # (S,) tokens of each sequence in the cache already
     qkv_format: str = "packed"  # not "thd": Megatron then leaves query, key, value (T, 1, n, d)
 

@@ -109,18 +109,16 @@ class Engine:
     def _accumulate(self, batch: Batch, read: Callable, loss: Loss, per_sequence: bool) -> dict:
         assert self.optimizer is not None, "this role is not trained"
         self.core.train()
-        parts = [part for _, part in self._parts(batch)]
+        parts = self._parts(batch)
+        share = 1.0 if parts[0][0] else 0.0  # an idle rank's blank sequence counts for nothing
 
         def total(output: Tensor, part: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             value, stats = loss(read(output, part), part.to(output.device))
-            stats = {"loss": value, **stats}  # copies: the schedule scales the loss in place
-            return (
-                value,
-                torch.ones((), dtype=torch.int, device=output.device),
-                {name: x.detach().clone() for name, x in stats.items()},
-            )
+            stats = {name: share * x.detach() for name, x in {"loss": value, **stats}.items()}
+            return share * value, torch.ones((), dtype=torch.int, device=output.device), stats
 
-        return self._sum_stats(self._run(parts, total, per_sequence, forward_only=False))
+        outputs = self._run([part for _, part in parts], total, per_sequence, forward_only=False)
+        return self._sum_stats(outputs)
 
     def _parts(self, batch: Batch) -> list[tuple[list[int], Batch]]:
         """This data-parallel rank's micro-batches with the groups they hold; never none at all."""

@@ -87,7 +87,7 @@ class _Decoder:
         self.engine, self.prompts, self.max_new = engine, prompts, max_new
         self.eos_id, self.temperature = eos_id, temperature
         where, R = device.device(), len(prompts)
-        self.cache = KVCache(R, max(map(len, prompts)) + max_new)
+        self.cache = KVCache(max(map(len, prompts)) + max_new)
         self.tokens = torch.zeros(R, max_new, dtype=torch.float64, device=where)
         self.logprobs = torch.zeros_like(self.tokens)
         self.lengths = torch.zeros(R, dtype=torch.long, device=where)
@@ -103,7 +103,7 @@ class _Decoder:
         held = torch.zeros_like(fed)  # tokens of each active row in the cache
         for step in range(self.max_new):
             bounds = torch.nn.functional.pad(fed.cumsum(0), (1, 0))
-            packing = Packing(bounds, bounds[1:] - 1, self.cache, active, held)
+            packing = Packing(bounds, bounds[1:] - 1, self.cache, held)
             chosen, logprobs = self._broadcast(self._forward(feed, packing), uniform[active, step])
             self.tokens[active, step], self.logprobs[active, step] = chosen, logprobs
             self.lengths[active] += 1
@@ -112,6 +112,8 @@ class _Decoder:
             held, fed = (held + fed)[going], torch.ones_like(fed)[going]
             if not len(active):
                 break
+            if len(active) < len(going):
+                self.cache.keep(going)
 
     def _forward(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Through the pipeline; the logits (R, V / tp) on the last stage."""

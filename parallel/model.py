@@ -85,7 +85,7 @@ class Norm(nn.Module):
 
 
 class ScalarHead(nn.Linear):
-    """One number per token in the place of the unembedding, replicated over tp, in fp32.
+    """One number per token in the place of the unembedding, replicated over tp; fp32 arithmetic.
 
     Initialised as lm-human-preferences does: N(0, 1 / sqrt(hidden + 1)), bias 0.
     """
@@ -161,17 +161,12 @@ def build(
         model.output_layer = ScalarHead(architecture.hidden_size)
     _initialise(model, topology, seed)
     model.to(device.device())
-    if precision == "fp32":
-        return model
-    module = Float16Module(config, model)
-    if head == "scalar" and topology.is_last_stage:
-        model.output_layer.float()  # one row: nothing to save, and its bias is shifted exactly
-    return module
+    return model if precision == "fp32" else Float16Module(config, model)
 
 
 @torch.no_grad()
 def shift_scores(model: Model, amount: float) -> None:
-    """Add `amount` to every score of a scalar model."""
+    """Add `amount` to every score of a scalar model (as exactly as its bias can hold it)."""
     if model.post_process:
         model.output_layer.bias += amount
 

@@ -12,7 +12,7 @@ import os
 import string
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from reprlib import repr as short  # a value in a message: at most a few dozen characters
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ def read(
     return rows
 
 
-# Files to rows: pairs of "FILE:LINE" and whatever stands there.
+# Files to rows: pairs of a place, such as "FILE:LINE", and whatever stands there.
 
 
 def _rows(kind: str, path: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -162,16 +162,10 @@ def _parsed(text: str, path: str, line: int) -> Any:
 
 
 def _documents(path: str) -> Iterator[tuple[str, Any]]:
-    start, lines = 1, list[str]()
-    for n, line in _lines(path):
-        if line.strip():
-            start = start if lines else n
-            lines.append(line)
-        elif lines:
-            yield f"{path}:{start}", {"text": "\n".join(lines)}
-            lines = []
-    if lines:
-        yield f"{path}:{start}", {"text": "\n".join(lines)}
+    lines = (line for _, line in _lines(path))
+    for has_text, document in groupby(lines, key=lambda line: bool(line.strip())):
+        if has_text:
+            yield path, {"text": "\n".join(document)}
 
 
 def _dataset_rows(path: str, split: str) -> Iterator[tuple[str, Any]]:

@@ -27,12 +27,13 @@ KINDS = ("generation", "brainstorm", "rewrite", "classify", "closed_qa", "extrac
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 8  # about one prompt in eight is held out
 
-# Short words: no response passes 28 bytes. Nouns start with a consonant, so that "a" always fits.
+# Within a class of words no two share the first letter: to copy a word is to copy one byte, and
+# a reader of bytes can finish it. Nouns start with a consonant, so that "a" always fits.
 _MEMBERS = {
-    "bird": ("hen", "crow", "swan", "dove", "lark", "wren"),
-    "fruit": ("fig", "plum", "pear", "lime", "kiwi", "date"),
-    "tool": ("rake", "saw", "nail", "hook", "pump", "jack"),
-    "toy": ("ball", "doll", "kite", "drum", "yoyo", "top"),
+    "bird": ("hen", "crow", "gull", "wren"),
+    "fruit": ("fig", "plum", "lime", "date"),
+    "tool": ("saw", "rake", "nail", "jack"),
+    "toy": ("ball", "kite", "yoyo", "top"),
 }
 _CATEGORIES = list(_MEMBERS)
 _CATEGORY_OF = {thing: category for category, members in _MEMBERS.items() for thing in members}
@@ -59,8 +60,8 @@ class _Words:
 
 
 _WORLD = _Words(
-    names=tuple("tom ann bob eva sam lea max ida ben mia jon zoe".split()),
-    colours=("red", "blue", "pink", "grey", "gold", "tan"),
+    names=tuple("tom ann bob eva sam lea max ida zoe jon kim ray".split()),
+    colours=("red", "blue", "pink", "grey", "tan", "cyan"),
     things=tuple(_CATEGORY_OF),
 )
 
@@ -80,7 +81,7 @@ def tasks(n: int, seed: int, split: str) -> list[Task]:
 
     A prompt belongs to the split that its own checksum names (`split_of`), so no prompt can be in
     both, whatever the seeds. Raises ValueError for an unknown split, and when a kind has too few
-    prompts for n (about 20,000 tasks in "train", 3,000 in "heldout").
+    prompts for n (6,000 tasks are there in "train", 800 in "heldout").
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
@@ -115,11 +116,11 @@ def documents(n: int, seed: int) -> list[str]:
     written = []
     for _ in range(n):
         about = _Words(
-            names=tuple(rng.sample(_WORLD.names, 2)),
-            colours=tuple(rng.sample(_WORLD.colours, 2)),
+            names=tuple(rng.sample(_WORLD.names, 3)),
+            colours=tuple(rng.sample(_WORLD.colours, 3)),
             things=tuple(rng.choice(members) for members in _MEMBERS.values()),
         )
-        (write,) = rng.choices((_sheet, _answered_sheet, _sentences), (5, 3, 2))
+        (write,) = rng.choices((_sheet, _answered_sheet, _sentences), (11, 6, 3))
         written.append(write(about, rng))
     return written
 
@@ -175,7 +176,7 @@ def rank(
 # --- what a judge looks for
 
 
-_INSTRUCTION = re.compile(r"write |name |put |find |.*[?:]")
+_INSTRUCTION = re.compile(r"tell |name |find |.*[?:]")
 
 
 def _slots_filled(wanted: tuple[Slot, ...], words: list[str]) -> int:
@@ -207,7 +208,7 @@ def _generation(words: _Words, rng: random.Random) -> Task:
     verb = rng.choice(list(_PAST.values()))
     return Task(
         "generation",
-        prompt=f"write about {name} and a {colour} {thing}.\n",
+        prompt=f"tell of {name} and a {colour} {thing}.\n",
         answer=f"{name} {verb} a {colour} {thing}.",
         slip=f"{name} {verb} a {other}.",
         wanted=_slots(name, _VERBS, colour, thing),
@@ -216,16 +217,15 @@ def _generation(words: _Words, rng: random.Random) -> Task:
 
 
 def _brainstorm(words: _Words, rng: random.Random) -> Task:
-    category, other = rng.sample(_CATEGORIES, 2)
-    not_this, nor_this, first, second = rng.sample(_MEMBERS[category], 4)
-    allowed = frozenset(_MEMBERS[category]) - {not_this, nor_this}
+    one, other, neither = rng.sample(_CATEGORIES, 3)
+    name, friend = rng.sample(words.names, 2)
     return Task(
         "brainstorm",
-        prompt=f"name two {category}s for {rng.choice(words.names)}, no {not_this} or {nor_this}.\n",
-        answer=f"{first} and {second}.",
-        slip=f"{not_this} and {rng.choice(_MEMBERS[other])}.",
-        wanted=_slots(allowed, allowed),
-        unwanted=frozenset(_WORLD.things) - allowed,
+        prompt=f"name a {one} for {name} and a {other} for {friend}.\n",
+        answer=f"{rng.choice(_MEMBERS[one])} and {rng.choice(_MEMBERS[other])}.",
+        slip=" and ".join(rng.sample(_MEMBERS[neither], 2)) + ".",
+        wanted=_slots(frozenset(_MEMBERS[one]), frozenset(_MEMBERS[other])),
+        unwanted=frozenset(_WORLD.things) - {*_MEMBERS[one], *_MEMBERS[other]},
     )
 
 
@@ -234,7 +234,7 @@ def _rewrite(words: _Words, rng: random.Random) -> Task:
     verb, past = rng.choice(list(_PAST.items()))
     return Task(
         "rewrite",
-        prompt=f"put in the past: {name} {verb} a {thing}.\n",
+        prompt=f"in the past: {name} {verb} a {thing}.\n",
         answer=f"{name} {past} a {thing}.",
         slip=f"{name} {verb} a {thing}.",
         wanted=_slots(name, past, thing),
@@ -249,7 +249,7 @@ def _classify(words: _Words, rng: random.Random) -> Task:
     this, that = rng.sample((category, other), 2)
     return Task(
         "classify",
-        prompt=f"{rng.choice(words.names)} has a {thing}. is it a {this} or a {that}?\n",
+        prompt=f"{rng.choice(words.names)} has a {thing}. {this} or {that}?\n",
         answer=f"a {category}.",
         slip=f"a {other}.",
         wanted=_slots(category),
@@ -264,7 +264,7 @@ def _closed_qa(words: _Words, rng: random.Random) -> Task:
     asked, other = rng.sample((0, 1), 2)
     return Task(
         "closed_qa",
-        prompt=f"{names[0]} has {owned[0]} {names[1]} has {owned[1]} what has {names[asked]} got?\n",
+        prompt=f"{names[0]} has {owned[0]} {names[1]} has {owned[1]} what has {names[asked]}?\n",
         answer=owned[asked],
         slip=owned[other],
         wanted=_slots(colours[asked], things[asked]),
@@ -305,11 +305,11 @@ _MAKERS: dict[str, Callable[[_Words, random.Random], Task]] = {
 
 
 def _sheet(words: _Words, rng: random.Random) -> str:
-    return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(3, 6)))
+    return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(4, 6)))
 
 
 def _answered_sheet(words: _Words, rng: random.Random) -> str:
-    sheet = [_instruction(words, rng) for _ in range(rng.randint(2, 4))]
+    sheet = [_instruction(words, rng) for _ in range(rng.randint(4, 7))]
     return "".join(f"{task.prompt}{task.answer}\n" for task in sheet)
 
 

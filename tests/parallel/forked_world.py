@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -28,7 +29,7 @@ def run_world(size: int, work: Callable, *args, timeout: float = 240) -> list:
             while len(results) < size:
                 rank, value, error = queue.get(timeout=max(0.1, deadline - time.monotonic()))
                 assert error is None, f"rank {rank}:\n{error}"
-                results[rank] = value
+                results[rank] = pickle.loads(value)
         finally:
             for process in processes:
                 if len(results) < size:
@@ -42,7 +43,7 @@ def _rank(work: Callable, args: tuple, rank: int, size: int, store: str, queue) 
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        queue.put((rank, work(*args), None))
+        queue.put((rank, pickle.dumps(work(*args)), None))  # by value: the rank ends before we read
     except BaseException:
         queue.put((rank, None, traceback.format_exc()))
     finally:

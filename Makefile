@@ -1,0 +1,35 @@
+# make demo, make test: do all set-up on a fresh machine, in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+OUT ?= runs/demo
+BIN = .venv/bin
+
+.PHONY: demo test check gpu setup clean
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+	touch $@
+
+demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-ptx, report
+	$(BIN)/tetrad demo out=$(OUT)
+	@echo "Open $(OUT)/report.html in a browser."
+
+test: setup  ## kernels under Triton's interpreter, then everything else
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/kernels
+
+check: setup  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p tetrad
+
+gpu: setup  ## on a machine with a GPU: its tests, then the benchmarks
+	@$(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| { echo "make gpu: no GPU on this machine"; exit 2; }
+	$(BIN)/python -m pytest -q tests/kernels
+	for bench in bench/bench_*.py; do $(BIN)/python -m bench.$$(basename $$bench .py) || exit 1; done
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,50 @@
+"""A tiny model and a ragged batch, the same in every layout."""
+
+import torch
+
+from tetrad.parallel.engine import Engine
+from tetrad.parallel.model import Architecture, build
+from tetrad.parallel.optimizer import Optimizer, Schedule
+from tetrad.parallel.packed import Batch, pack
+from tetrad.parallel.topology import Topology, generator, initialize
+
+# 4 layers and heads divide by every layout below; 257 tokens divide by none
+SHAPE = {"vocab_size": 257, "num_layers": 4, "hidden_size": 32, "num_heads": 4, "max_length": 64}
+LENGTHS = (3, 9, 5, 12, 7)
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)]  # world, tp, pp
+
+
+def tiny_engine(
+    head: str, tp: int, pp: int, *, microbatch_tokens: int = 40, precision: str = "fp32",
+    schedule: Schedule | None = None, seed: int = 3, topology: Topology | None = None, **shape,
+) -> Engine:  # fmt: skip
+    topology = topology or initialize(tp, pp)
+    architecture = Architecture(**(SHAPE | shape))
+    model = build(architecture, head, topology, precision=precision, seed=seed)
+    schedule = schedule or Schedule(lr=1e-3, warmup_steps=2, clip_norm=0.5, weight_decay=0.1)
+    optimizer = Optimizer(model, topology, schedule, 10, precision)
+    return Engine(model, topology, microbatch_tokens=microbatch_tokens, optimizer=optimizer)
+
+
+def random_tokens(seed: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    g = generator(seed)
+    return [torch.randint(256, (n,), generator=g).tolist() for n in lengths]
+
+
+def ragged_batch(response_lengths: tuple[int, ...] = LENGTHS) -> Batch:
+    batch = pack(random_tokens(1), random_tokens(2, response_lengths))
+    batch.per_sequence["target"] = torch.arange(float(len(LENGTHS)))
+    return batch
+
+
+def train_step(engine: Engine, batch: Batch) -> dict[str, float]:
+    """Mean token loss for a language model, mean squared error for a scalar one."""
+    if engine.core.head == "language":
+        n = batch.response_mask.sum().clamp(min=1)
+        stats = engine.accumulate_logprobs(batch, lambda x, part: (-x.sum() / n, {}))
+    else:
+        n = len(batch.lengths)
+        stats = engine.accumulate_scores(
+            batch, lambda x, part: ((x - part.per_sequence["target"]).square().sum() / n, {})
+        )
+    return stats | engine.step()
