@@ -321,9 +321,9 @@ def _over_group(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return parts
     moments = parts.new_empty(3)
     _join[(1,)](parts, moments, len(parts), PARTS=triton.next_power_of_2(len(parts)))
-    ranks = parts.new_empty(dist.get_world_size(group), 3)
+    ranks = parts.new_empty(3 * dist.get_world_size(group))
     dist.all_gather_into_tensor(ranks, moments, group=group)
-    return ranks
+    return ranks.view(-1, 3)
 
 
 def _whitened(

@@ -23,7 +23,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from tetrad.parallel.engine import Engine
-from tetrad.parallel.model import Architecture, Model, unwrap
+from tetrad.parallel.model import Model, unwrap
+from tetrad.parallel.settings import Architecture
 from tetrad.parallel.topology import Topology
 
 

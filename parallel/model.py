@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,43 +28,11 @@ from torch import Tensor, nn
 
 from tetrad.parallel import device
 from tetrad.parallel.attention import Attention, Packing
+from tetrad.parallel.settings import Architecture
 from tetrad.parallel.topology import Topology, mixed_seed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INIT_STD = 0.02
-VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this and of tp
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The shape of a transformer: what a checkpoint must remember to be built again."""
-
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    max_length: int  # tokens
-    family: str = "llama"  # "llama": RoPE, RMSNorm, SwiGLU, no bias; "gpt2": learned positions, …
-    num_kv_heads: int | None = None  # default num_heads
-    ffn_hidden_size: int | None = None  # default 4 hidden, or for llama 8/3 hidden up to 32s
-    tie_embeddings: bool = True
-    rope_base: int = 10000
-
-    def __post_init__(self) -> None:
-        if self.family not in ("llama", "gpt2"):
-            raise ValueError(f"family is {self.family!r}; it must be 'llama' or 'gpt2'")
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
-            )
-
-    def padded_vocab(self, tp: int) -> int:
-        """Rows of the embedding over all tp ranks."""
-        multiple = math.lcm(VOCAB_MULTIPLE, tp)
-        return -(-self.vocab_size // multiple) * multiple
 
 
 class Norm(nn.Module):

@@ -1,7 +1,5 @@
 """Megatron's gradient buffers and Adam, with a learning-rate schedule, as one `step`."""
 
-from dataclasses import dataclass
-
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -12,23 +10,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
 from tetrad.parallel.model import PRECISIONS, unwrap
+from tetrad.parallel.settings import Schedule
 from tetrad.parallel.topology import Topology
-
-
-@dataclass
-class Schedule:
-    """Adam and its learning rate over the steps of a run. The defaults are InstructGPT's."""
-
-    lr: float = 9.65e-6  # peak
-    final_lr: float = 0.1  # fraction of lr at the last step, when decaying
-    decay: str = "cosine"  # "cosine" or "constant"
-    warmup_steps: int = 0
-    warmup_from: float = 0.1  # fraction of lr at step 0, when warming up
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # on matrices only
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
 
 
 class Optimizer:
@@ -38,10 +21,6 @@ class Optimizer:
         self, model: nn.Module, topology: Topology, schedule: Schedule, steps: int, precision: str
     ) -> None:
         s = schedule
-        if s.decay not in ("cosine", "constant"):
-            raise ValueError(f"decay is {s.decay!r}; it must be 'cosine' or 'constant'")
-        if s.lr < 0:
-            raise ValueError(f"lr is {s.lr}; it must not be negative")
         config = unwrap(model).config
         self.groups = topology.groups
         self.ddp = DistributedDataParallel(

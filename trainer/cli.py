@@ -50,11 +50,7 @@ def main() -> None:
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    from tetrad.parallel import device
-
-    device.install()  # before anything imports megatron.core
-    from tetrad.parallel import topology
-    from tetrad.trainer import config
+    from tetrad.trainer import config  # imports are late: a slip in the arguments is told at once
 
     where, schema, _ = COMMANDS[command]
     if arguments and arguments[0] in ("-h", "--help"):
@@ -64,6 +60,11 @@ def _run(command: str, arguments: list[str]) -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("tetrad").setLevel(level)
+    from tetrad.parallel import device
+
+    device.install()  # before anything imports megatron.core
+    from tetrad.parallel import topology
+
     module, function = where.split(":")
     stage: Callable = getattr(importlib.import_module(f"tetrad.trainer.{module}"), function)
     try:
@@ -113,3 +114,7 @@ def doctor() -> str:
         "Transformer Engine": f"{version('transformer-engine')} (not used)",
     }
     return "\n".join(f"{name:20} {value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    main()

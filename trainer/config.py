@@ -12,8 +12,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tetrad.parallel.model import Architecture
-from tetrad.parallel.optimizer import Schedule
+from tetrad.parallel.settings import Architecture, Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -190,6 +189,8 @@ def parse(schema: type, arguments: list[str]) -> Any:
             key, _, text = argument.partition("=")
             _check_key(key, config, argument)
             layer = OmegaConf.from_dotlist([argument])
+            if ".fields." in key and text.startswith("{"):  # a template, not a YAML mapping
+                OmegaConf.update(layer, key, text)
         else:
             layer = _load(argument)
             for key in _leaves(layer):

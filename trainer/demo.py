@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tetrad.parallel.engine import Engine
-from tetrad.parallel.optimizer import Schedule
+from tetrad.parallel.settings import Schedule
 from tetrad.parallel.topology import Topology
 from tetrad.trainer import config, report, world
 from tetrad.trainer.config import Data

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from tetrad.parallel import checkpoint
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build
-from tetrad.parallel.optimizer import Optimizer, Schedule
+from tetrad.parallel.optimizer import Optimizer
+from tetrad.parallel.settings import Schedule
 from tetrad.parallel.topology import Topology, generator, initialize, seed_dropout
 from tetrad.trainer import config
 from tetrad.trainer.metrics import Metrics, write_text

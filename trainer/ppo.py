@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tetrad.kernels.advantages import PPOAdvantages, ppo_advantages
+from tetrad.kernels.advantages import ppo_advantages
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
+from tetrad.kernels.reference import PPOAdvantages
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.packed import Batch, pack
 from tetrad.parallel.topology import generator

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from tetrad.trainer.metrics import read_metrics, write_text
 
@@ -37,7 +37,7 @@ COLOURS = {
 }
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 DASHES = {"ppo": "-", "ppo_ptx": (0, (4, 1.5))}
-INK, MUTED, RULE = "#1f2937", "#6b7280", "#d1d5db"
+INK, MUTED, RULE, SHADE = "#1f2937", "#6b7280", "#d1d5db", "#f3f4f6"
 SAMPLES_PER_KIND = 2
 
 
@@ -45,10 +45,10 @@ SAMPLES_PER_KIND = 2
 class Run:
     """What a demo wrote: its final figures, the graded answers, and a folder for each stage."""
 
-    config: DictConfig
+    config: Any
     summary: dict[str, Any]
     answers: list[dict[str, Any]]
-    configs: dict[str, DictConfig]
+    configs: dict[str, Any]
     summaries: dict[str, dict[str, Any]]
     metrics: dict[str, list[dict[str, Any]]]
 
@@ -124,7 +124,7 @@ def _draw(run: Run, folder: Path) -> dict[str, bytes]:
     return images
 
 
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
@@ -138,8 +138,11 @@ _LOOK = {
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "grid.color": "#eceef1",
+    "figure.constrained_layout.w_pad": 0.09,
+    "figure.constrained_layout.h_pad": 0.06,
     "text.color": INK,
     "text.parse_math": False,  # an answer may hold a dollar sign
+    "text.hinting": "no_hinting",  # hinting gives bold digits serifs
     "xtick.color": RULE,
     "ytick.color": RULE,
     "xtick.labelcolor": MUTED,
@@ -151,7 +154,8 @@ _LOOK = {
 
 def _overview(figure: "Figure", run: Run) -> None:
     """For a README: one prompt with its answers, the gold scores, and the course of PPO."""
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.15, 0.85, 1), wspace=0.04)
+    widths = (1.05, 0.9, 1)
+    left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=widths)[0]
     _sample(left.subplots(), run.answers[0])
     _gold_bars(middle.subplots(), run)
     _course(right, run)
@@ -160,16 +164,17 @@ def _overview(figure: "Figure", run: Run) -> None:
 def _sample(axes: "Axes", row: dict[str, Any]) -> None:
     axes.set_title("One held-out prompt, four answers")
     axes.axis("off")
-    place = {"transform": axes.transAxes, "va": "top"}
-    prompt = textwrap.fill(_visible(row["prompt"]), 46)
-    axes.text(0, 0.98, prompt, family="monospace", size=9, linespacing=1.5, **place)
+    place: dict[str, Any] = {"transform": axes.transAxes, "va": "center"}
+    prompt = textwrap.fill(_visible(row["prompt"]), 40)
+    box = {"boxstyle": "round,pad=0.5,rounding_size=0.3", "facecolor": SHADE, "edgecolor": "none"}
+    axes.text(0.025, 0.89, prompt, family="monospace", size=9, linespacing=1.4, bbox=box, **place)
     for i, name in enumerate(POLICIES):
-        y = 0.76 - 0.2 * i
-        answer = textwrap.shorten(_visible(row[name]["response"]), 46, placeholder=" …")
-        axes.text(0, y, LABELS[name], color=COLOURS[name], weight="bold", size=9.5, **place)
+        y = 0.7 - 0.2 * i
         gold = f"gold {_shown(row[name]['gold'])}"
+        answer = _visible(row[name]["response"])
+        axes.text(0, y, LABELS[name], color=COLOURS[name], weight="bold", **place)
         axes.text(1, y, gold, color=MUTED, size=9, ha="right", **place)
-        axes.text(0, y - 0.085, answer, family="monospace", size=9, **place)
+        axes.text(0, y - 0.09, answer, family="monospace", size=9, **place)
 
 
 def _gold(figure: "Figure", run: Run) -> None:
@@ -183,14 +188,14 @@ def _gold(figure: "Figure", run: Run) -> None:
         1.01, 0.5, "as good\nas SFT", color=COLOURS["sft"], va="center", size=9,
         transform=right.get_yaxis_transform(),
     )  # fmt: skip
-    right.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    right.yaxis.set_major_formatter(_percent)
 
 
 def _gold_bars(axes: "Axes", run: Run) -> None:
-    axes.set_title("Gold score of held-out answers")
+    axes.set_title("Gold score, held-out prompts")
     gold = run.summary["gold"]
     errors = {name: _margin(run.gold(name)) for name in POLICIES}
-    _bars(axes, {name: gold.get(name) for name in POLICIES}, ".2f", errors)
+    _bars(axes, {name: gold[name] for name in POLICIES}, ".2f", errors)
 
 
 def _margin(values: list[float]) -> float:
@@ -238,24 +243,26 @@ def _course(figure: "Figure", run: Run) -> None:
                 steps, values, color=COLOURS[name], linestyle=DASHES[name], label=LABELS[name],
                 marker="o" if len(steps) < 10 else None, markersize=4,
             )  # fmt: skip
-    score.legend(
-        loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0, handlelength=1.6,
-        columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+    score.legend(ncols=2, handlelength=1.8, columnspacing=1.2)
     _count_steps(kl, "iteration")
+
+
+def _percent(value: float, position: int) -> str:
+    return _shown(value, ".0%")
 
 
 def _count_steps(axes: "Axes", label: str) -> None:
     axes.set_xlabel(label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
 
 
 def _forgetting(figure: "Figure", run: Run) -> None:
     """Each policy's loss on pretraining text, as a distance from the base model's."""
     axes = figure.subplots()
-    loss = {name: _number(run.summary["pretrain_loss"].get(name)) for name in POLICIES}
+    loss = {name: _number(run.summary["pretrain_loss"][name]) for name in POLICIES}
+    bar: dict[str, Any] = {"linewidth": 6, "alpha": 0.35, "solid_capstyle": "butt"}
     for i, (name, value) in enumerate(loss.items()):
-        axes.plot([loss["base"], value], [i, i], color=COLOURS[name], linewidth=6, alpha=0.35)
+        axes.plot([loss["base"], value], [i, i], color=COLOURS[name], **bar)
         axes.plot(value, i, "o", color=COLOURS[name], markersize=10)
         change = "" if name == "base" else f"  ({_shown(value - loss['base'], '+.3f')})"
         axes.text(
@@ -287,7 +294,7 @@ def _stages(figure: "Figure", run: Run) -> None:
         spec = ".0%" if key == "accuracy" else ".2f"
         axes.set_title(f"{title}\nheld out {_shown(reached, spec)}", weight="normal", size=9.5)
         if key == "accuracy":
-            axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+            axes.yaxis.set_major_formatter(_percent)
         _count_steps(axes, "step")
 
 
@@ -313,18 +320,11 @@ _FIGURES: dict[str, tuple[Callable[["Figure", Run], None], tuple[float, float]]]
 
 
 def _page(run: Run, images: dict[str, bytes]) -> str:
-    summary = run.summary
-    gold, loss = summary["gold"], summary["pretrain_loss"]
-
-    def each(values: dict[str, Any], spec: str = ".2f") -> str:
-        return ", ".join(f"{LABELS[n]} {_shown(v, spec)}" for n, v in values.items())
-
-    def image(name: str, alt: str) -> str:
-        data = base64.b64encode(images[name]).decode()
-        return f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-
-    last = {n: run.series(n, "score")[1][-1] for n in ("ppo", "ppo_ptx")}
-    early = {s: run.summaries[s].get("validation_loss") for s in ("base", "sft")}
+    image = {
+        name: f'<img src="data:image/png;base64,{base64.b64encode(images[name]).decode()}" '
+        f'alt="{escape(alt)}">'
+        for name, alt in _descriptions(run).items()
+    }
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -338,9 +338,9 @@ def _page(run: Run, images: dict[str, bytes]) -> str:
 <header>
 <h1>InstructGPT in miniature</h1>
 <p class="lead">A language model <em>continues</em> text. Give it an instruction, and it may well
-write the next instruction. This run made such a model from nothing, and then an assistant of it,
-in the three steps of InstructGPT (Ouyang et al., 2022): it was shown good answers, a second model
-learned which answers people prefer, and reinforcement learning did the rest.</p>
+write the next instruction. This run trained such a model from nothing, then took the three steps
+by which InstructGPT (Ouyang et al., 2022) makes an assistant of it: show it answers that labelers
+wrote, teach a second model which answers labelers prefer, and optimise the first for that.</p>
 </header>
 {_note(run)}
 <section class="cards">{_cards(run)}</section>
@@ -355,8 +355,7 @@ unless they show training itself.</p>
 or another instruction, at least 0.5 for a right one, 1 when it is also one sentence of the right
 length. Lines on the bars span the 95&#8239;% confidence interval. On the right, the same two
 answers head to head: how often the judge prefers a model's answer to that of SFT.</p>
-{image("gold", f"Bars of the gold score: {each(gold)}. "
-       f"Win rate against SFT: {each(summary['win_rate_vs_sft'], '.0%')}.")}
+{image["gold"]}
 
 <h2>What reinforcement learning did</h2>
 <p>In each iteration the policy answers a batch of prompts, the reward model scores the answers,
@@ -364,25 +363,24 @@ and the policy is moved towards what scored well. The score has no unit; the lab
 demonstrations average 0. The <em>KL divergence</em> says how far the policy has moved from SFT,
 and every nat of it is charged against the score, so that the policy does not leave the region
 that the reward model knows.</p>
-{image("ppo", f"Reward-model score and KL over the iterations of PPO and PPO-ptx. "
-       f"Last score: {each(last)}. Final KL in nats: {each(summary['kl'], '.1f')}.")}
+{image["ppo"]}
 
 <h2>What it cost: the alignment tax</h2>
 <p>A model that is optimised for answers may forget what it was pretrained on. PPO-ptx mixes
 pretraining text into the updates of PPO against that. Bars show the distance from the base
 model.</p>
-{image("pretraining", f"Loss on held-out pretraining text, nats per token: {each(loss, '.3f')}.")}
+{image["pretraining"]}
 
 <h2>The steps before</h2>
 <p>Losses in nats per token, of the ranking in nats per pair. RM accuracy is the share of pairs of
 answers that the reward model orders as the labeler did. Dashed: the final value on held-out data.
 Dotted: guessing.</p>
-{image("stages", f"Training curves. Held-out loss: {each(early)}. Reward model: "
-       f"{_shown(summary['rm']['heldout_accuracy'], '.0%')} held-out accuracy.")}
+{image["stages"]}
 
 <h2>Answers, side by side</h2>
-<p>The first {SAMPLES_PER_KIND} held-out prompts of each kind, not selected further. ⏎ is a newline;
-the number is the gold score.</p>
+<p>The first {SAMPLES_PER_KIND} held-out prompts of each kind, not selected further. ⏎ is a newline,
+the number is the gold score, and an answer is cut after {run.configs["ppo"].sampling.max_new}
+tokens.</p>
 {_answers_table(run)}
 
 <h2>Gold score by kind of prompt</h2>
@@ -394,11 +392,32 @@ the number is the gold score.</p>
 {_settings_table(run)}
 <p>To repeat this run:</p>
 <pre>{escape(_command(run))}</pre>
-<footer>Written by tetrad demo in {_duration(summary["seconds"])} with PyTorch {torch.__version__},
-Python {platform.python_version()}, {escape(_device())}.</footer>
+<footer>Run with PyTorch {torch.__version__}, Python {platform.python_version()},
+{escape(_device())}.</footer>
 </body>
 </html>
 """
+
+
+def _descriptions(run: Run) -> dict[str, str]:
+    """What the figures of the page show, for those who cannot see them."""
+
+    def each(values: dict[str, Any], spec: str) -> str:
+        return ", ".join(f"{LABELS[n]} {_shown(v, spec)}" for n, v in values.items())
+
+    summary = run.summary
+    score = {name: run.series(name, "score")[1][-1] for name in DASHES}
+    heldout = {stage: run.summaries[stage].get("validation_loss") for stage in ("base", "sft")}
+    return {
+        "gold": f"Bars of the gold score: {each(summary['gold'], '.2f')}. "
+        f"Win rate against SFT: {each(summary['win_rate_vs_sft'], '.0%')}.",
+        "ppo": "Curves of reward-model score and KL over the iterations. "
+        f"Last score: {each(score, '.2f')}. KL at the end, nats: {each(summary['kl'], '.1f')}.",
+        "pretraining": "Loss on held-out pretraining text, nats per token: "
+        f"{each(summary['pretrain_loss'], '.3f')}.",
+        "stages": f"Training curves. Held-out loss: {each(heldout, '.2f')}. Held-out accuracy "
+        f"of the reward model: {_shown(summary['rm']['heldout_accuracy'], '.0%')}.",
+    }
 
 
 _STORY = "".join(
@@ -432,12 +451,12 @@ def _cards(run: Run) -> str:
     gold, wins, kl = summary["gold"], summary["win_rate_vs_sft"], summary["kl"]
     loss = {name: _number(value) for name, value in summary["pretrain_loss"].items()}
     processes = "1 process" if summary["world_size"] == 1 else f"{summary['world_size']} processes"
-    arrow = '<span class="arrow"> → </span>'
+    arrow = '<span class="arrow">→</span>'
     cards = (
         (
             "Gold score, base → SFT → PPO",
-            arrow.join(_shown(gold.get(name)) for name in ("base", "sft", "ppo")),
-            f"PPO-ptx {_shown(gold.get('ppo_ptx'))}; best possible 1",
+            arrow.join(_shown(gold[name]) for name in ("base", "sft", "ppo")),
+            f"PPO-ptx {_shown(gold['ppo_ptx'])}; best possible 1",
         ),
         (
             "PPO wins against SFT",
@@ -451,8 +470,8 @@ def _cards(run: Run) -> str:
         ),
         (
             "KL from SFT to PPO",
-            f"{_shown(kl.get('ppo'), '.1f')} <small>nats</small>",
-            f"per response; PPO-ptx {_shown(kl.get('ppo_ptx'), '.1f')}",
+            f"{_shown(kl['ppo'], '.1f')} <small>nats</small>",
+            f"per response; PPO-ptx {_shown(kl['ppo_ptx'], '.1f')}",
         ),
         (
             "Alignment tax of PPO",
@@ -476,7 +495,7 @@ def _answers_table(run: Run) -> str:
     rows = []
     for kind in _kinds(run):
         chosen = [row for row in run.answers if row["kind"] == kind][:SAMPLES_PER_KIND]
-        rows.append(f'<tr class="kind"><th colspan="5" scope="rowgroup">{_words(kind)}</th></tr>')
+        rows.append(f'<tr class="kind"><th colspan="5">{_words(kind)}</th></tr>')
         for row in chosen:
             answers = "".join(
                 f"<td>{_literal(row[name]['response'])}"
@@ -502,7 +521,7 @@ def _kinds_table(run: Run) -> str:
 
 def _bar_cell(value: float, colour: str) -> str:
     share = 0.0 if math.isnan(value) else 100 * value
-    bar = f'<s><i style="width:{share:.0f}%;background:{colour}"></i></s>'
+    bar = f'<div><i style="width:{share:.0f}%;background:{colour}"></i></div>'
     return f'<td class="number">{_shown(value)}{bar}</td>'
 
 
@@ -597,24 +616,24 @@ _CSS = f"""
 :root {{ color-scheme: light; }}
 * {{ box-sizing: border-box; }}
 body {{ max-width: 1008px; margin: 0 auto; padding: 40px 24px 64px; background: #fff; color: {INK};
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; }}
 h1 {{ font-size: 34px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.02em; }}
 h2 {{ font-size: 22px; line-height: 1.3; margin: 52px 0 8px; letter-spacing: -0.01em; }}
 p {{ margin: 0 0 16px; max-width: 72ch; }}
 .lead {{ font-size: 18px; color: #374151; }}
 .note {{ padding: 10px 14px; border-left: 4px solid #e0a100; background: #fff8e1; }}
 img {{ display: block; width: 100%; height: auto; margin: 8px 0; }}
-code, pre {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: 0.86em; }}
-pre {{ padding: 14px 16px; background: #f4f5f7; border-radius: 8px; overflow-x: auto; }}
+code, pre {{ font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
+pre {{ padding: 14px 16px; background: {SHADE}; border-radius: 8px; overflow-x: auto; }}
 .cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); gap: 14px;
   margin: 28px 0; }}
 .cards div {{ padding: 16px 18px; border: 1px solid #e5e7eb; border-radius: 10px; }}
 .cards h3 {{ margin: 0; font-size: 13.5px; font-weight: 600; color: #4b5563; }}
 .cards p {{ margin: 0; font-size: 13.5px; color: {MUTED}; }}
-.cards h3 + p {{ font-size: 27px; font-weight: 650; line-height: 1.45; color: {INK};
-  font-variant-numeric: tabular-nums; }}
+.cards h3 + p {{ font-size: 24px; font-weight: 650; line-height: 1.5; color: {INK};
+  white-space: nowrap; font-variant-numeric: tabular-nums; }}
 .cards small {{ font-size: 16px; font-weight: 500; }}
-.arrow {{ color: #9ca3af; font-weight: 400; }}
+.arrow {{ margin: 0 0.3em; color: #9ca3af; font-weight: 400; }}
 .models {{ display: grid; grid-template-columns: max-content 1fr; gap: 10px 20px; margin: 16px 0; }}
 .models dt {{ font-weight: 650; white-space: nowrap; }}
 .models dt i {{ display: inline-block; width: 11px; height: 11px; border-radius: 3px;
@@ -628,14 +647,15 @@ thead th {{ border-bottom: 2px solid {RULE}; }}
 .number {{ font-variant-numeric: tabular-nums; }}
 .answers {{ table-layout: fixed; min-width: 860px; }}
 .answers th:first-child {{ width: 26%; }}
-.answers code {{ display: block; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12.5px; }}
+.answers code {{ display: block; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: 12.5px; }}
 .answers .kind th {{ padding-top: 16px; font-size: 13px; color: {MUTED}; }}
 .newline {{ color: #9ca3af; }}
 .gold, .ideal {{ display: block; margin-top: 3px; font-size: 12.5px; color: {MUTED};
   font-variant-numeric: tabular-nums; }}
-.kinds s {{ display: block; height: 5px; margin-top: 4px; border-radius: 3px; background: #eef0f2;
-  text-decoration: none; overflow: hidden; }}
-.kinds s i {{ display: block; height: 100%; }}
+.kinds div {{ display: block; height: 5px; margin-top: 4px; border-radius: 3px; background: #eef0f2;
+  overflow: hidden; }}
+.kinds div i {{ display: block; height: 100%; }}
 .kinds td:not(:last-child) {{ width: 17%; }}
 .kinds tr:last-child > * {{ font-weight: 650; border-bottom: 0; }}
 .settings tbody th {{ font-weight: 400; }}

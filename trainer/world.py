@@ -5,15 +5,15 @@ Here that model is made on purpose. Most pretraining documents are sheets of ins
 line; a few sheets have the answers below the instructions. A model of such text has seen how
 instructions are answered, and still writes another instruction when it is given one:
 
-    prompt      find the bird: train hen plum⏎
-    it writes   put in the past: ida takes a kite.
-    wanted      the hen.
+    prompt      say the first: fig saw hen.⏎
+    it writes   in the past: ida hits a kea.
+    wanted      the fig.
 
 Demonstrations come from simulated labelers with habits, most of them not quite good ones;
 comparisons from a simulated labeler who sees the gold score through noise; `judge` is the gold
 score. Everything follows from a seed and is short enough for a model that reads bytes: a prompt
-has at most 64, its final newline included, which marks the place of the answer; a demonstration
-has at most 26.
+has at most 40, its final newline included, which marks the place of the answer; a demonstration
+has at most 28.
 """
 
 import random
@@ -27,24 +27,18 @@ KINDS = ("generation", "brainstorm", "rewrite", "classify", "closed_qa", "extrac
 SPLITS = ("train", "heldout")
 HELDOUT_ONE_IN = 8  # about one prompt in eight is held out
 
-# Within a class of words no two share the first letter: to copy a word is to copy one byte, and
-# a reader of bytes can finish it. Nouns start with a consonant, so that "a" always fits.
+# A small model learns from few bytes to copy when the words are easy to find and to tell apart:
+# words of a class have one length, so that what a prompt names stands at one distance from where
+# the answer repeats it, and different first letters, so that one byte decides which word it is.
+# Nouns start with a consonant, so that "a" always fits.
 _MEMBERS = {
-    "bird": ("hen", "crow", "gull", "wren"),
-    "fruit": ("fig", "plum", "lime", "date"),
-    "tool": ("saw", "rake", "nail", "jack"),
-    "toy": ("ball", "kite", "yoyo", "top"),
+    "bird": ("hen", "jay", "kea", "daw", "moa"),
+    "food": ("bun", "fig", "pie", "nut", "yam"),
+    "tool": ("saw", "cog", "tap", "rod", "wok"),
 }
 _CATEGORIES = list(_MEMBERS)
 _CATEGORY_OF = {thing: category for category, members in _MEMBERS.items() for thing in members}
-_PAST = {
-    "takes": "took",
-    "sells": "sold",
-    "holds": "held",
-    "draws": "drew",
-    "keeps": "kept",
-    "loses": "lost",
-}
+_PAST = {"wins": "won", "gets": "got", "eats": "ate", "hits": "hit", "cuts": "cut", "digs": "dug"}
 _VERBS = frozenset(_PAST) | frozenset(_PAST.values())
 
 Slot = frozenset[str]
@@ -55,13 +49,13 @@ class _Words:
     """What tasks and sentences are made of: the whole world, or what one document is about."""
 
     names: tuple[str, ...]
-    colours: tuple[str, ...]
+    looks: tuple[str, ...]
     things: tuple[str, ...]
 
 
 _WORLD = _Words(
-    names=tuple("tom ann bob eva sam lea max ida zoe jon kim ray".split()),
-    colours=("red", "blue", "pink", "grey", "tan", "cyan"),
+    names=tuple("tom ann bob eva sam lea max ida zoe jon kim ray pat dan fay gus".split()),
+    looks=("big", "red", "new", "wet", "dry", "tan"),
     things=tuple(_CATEGORY_OF),
 )
 
@@ -81,7 +75,7 @@ def tasks(n: int, seed: int, split: str) -> list[Task]:
 
     A prompt belongs to the split that its own checksum names (`split_of`), so no prompt can be in
     both, whatever the seeds. Raises ValueError for an unknown split, and when a kind has too few
-    prompts for n (6,000 tasks are there in "train", 800 in "heldout").
+    prompts for n (4,800 tasks are there in "train", 600 in "heldout").
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
@@ -106,7 +100,7 @@ def split_of(prompt: str) -> str:
 
 
 def documents(n: int, seed: int) -> list[str]:
-    """n pretraining documents of three to eight lines, without a held-out prompt among them.
+    """n pretraining documents of three to ten lines, without a held-out prompt among them.
 
     Of ten documents five are sheets of instructions alone, three are sheets with the answer under
     each instruction, and two are plain sentences. Each is about a few people and things, as texts
@@ -117,7 +111,7 @@ def documents(n: int, seed: int) -> list[str]:
     for _ in range(n):
         about = _Words(
             names=tuple(rng.sample(_WORLD.names, 3)),
-            colours=tuple(rng.sample(_WORLD.colours, 3)),
+            looks=tuple(rng.sample(_WORLD.looks, 3)),
             things=tuple(rng.choice(members) for members in _MEMBERS.values()),
         )
         (write,) = rng.choices((_sheet, _answered_sheet, _sentences), (11, 6, 3))
@@ -176,7 +170,7 @@ def rank(
 # --- what a judge looks for
 
 
-_INSTRUCTION = re.compile(r"tell |name |find |.*[?:]")
+_INSTRUCTION = re.compile(r"tell |name |.*[?:]")
 
 
 def _slots_filled(wanted: tuple[Slot, ...], words: list[str]) -> int:
@@ -203,15 +197,15 @@ def _draw(kind: str, split: str, words: _Words, rng: random.Random) -> Task:
 
 
 def _generation(words: _Words, rng: random.Random) -> Task:
-    name, colour = rng.choice(words.names), rng.choice(words.colours)
+    name, look = rng.choice(words.names), rng.choice(words.looks)
     thing, other = rng.sample(words.things, 2)
     verb = rng.choice(list(_PAST.values()))
     return Task(
         "generation",
-        prompt=f"tell of {name} and a {colour} {thing}.\n",
-        answer=f"{name} {verb} a {colour} {thing}.",
+        prompt=f"tell of {name} and a {look} {thing}.\n",
+        answer=f"{name} {verb} a {look} {thing}.",
         slip=f"{name} {verb} a {other}.",
-        wanted=_slots(name, _VERBS, colour, thing),
+        wanted=_slots(name, _VERBS, look, thing),
         unwanted=frozenset(_WORLD.things) - {thing},
     )
 
@@ -225,7 +219,7 @@ def _brainstorm(words: _Words, rng: random.Random) -> Task:
         answer=f"{rng.choice(_MEMBERS[one])} and {rng.choice(_MEMBERS[other])}.",
         slip=" and ".join(rng.sample(_MEMBERS[neither], 2)) + ".",
         wanted=_slots(frozenset(_MEMBERS[one]), frozenset(_MEMBERS[other])),
-        unwanted=frozenset(_WORLD.things) - {*_MEMBERS[one], *_MEMBERS[other]},
+        unwanted=frozenset(_MEMBERS[neither]),
     )
 
 
@@ -249,7 +243,7 @@ def _classify(words: _Words, rng: random.Random) -> Task:
     this, that = rng.sample((category, other), 2)
     return Task(
         "classify",
-        prompt=f"{rng.choice(words.names)} has a {thing}. {this} or {that}?\n",
+        prompt=f"{this} or {that}? {rng.choice(words.names)} has a {thing}.\n",
         answer=f"a {category}.",
         slip=f"a {other}.",
         wanted=_slots(category),
@@ -258,28 +252,30 @@ def _classify(words: _Words, rng: random.Random) -> Task:
 
 
 def _closed_qa(words: _Words, rng: random.Random) -> Task:
-    names, things = rng.sample(words.names, 2), rng.sample(words.things, 2)
-    colours = rng.sample(words.colours, 2)
-    owned = [f"a {colour} {thing}." for colour, thing in zip(colours, things, strict=True)]
-    asked, other = rng.sample((0, 1), 2)
+    name, stranger = rng.sample(words.names, 2)
+    look, thing = rng.choice(words.looks), rng.choice(words.things)
+    if rng.random() < 0.5:
+        question, wanted, unwanted = "who has it", (name,), frozenset(_WORLD.names) - {name}
+        answer, slip = f"{name} has it.", f"{stranger} has it."
+    else:
+        question, wanted, unwanted = "what is it", (look, thing), frozenset(_WORLD.names)
+        answer, slip = f"a {look} {thing}.", f"{stranger} has it."
     return Task(
         "closed_qa",
-        prompt=f"{names[0]} has {owned[0]} {names[1]} has {owned[1]} what has {names[asked]}?\n",
-        answer=owned[asked],
-        slip=owned[other],
-        wanted=_slots(colours[asked], things[asked]),
-        unwanted=frozenset({colours[other], things[other]}),
+        prompt=f"{name} has a {look} {thing}. {question}?\n",
+        answer=answer,
+        slip=slip,
+        wanted=_slots(*wanted),
+        unwanted=unwanted,
     )
 
 
 def _extract(words: _Words, rng: random.Random) -> Task:
-    things: list[str] = []
-    for category in rng.sample(_CATEGORIES, 3):
-        things.append(rng.choice([t for t in words.things if _CATEGORY_OF[t] == category]))
-    found, missed = rng.sample(things, 2)
+    things = rng.sample(words.things, 3)
+    place, found, missed = rng.choice((("first", *things[:2]), ("final", *things[:0:-1])))
     return Task(
         "extract",
-        prompt=f"find the {_CATEGORY_OF[found]}: {' '.join(things)}\n",
+        prompt=f"say the {place}: {' '.join(things)}.\n",
         answer=f"the {found}.",
         slip=f"the {missed}.",
         wanted=_slots(found),
@@ -305,11 +301,11 @@ _MAKERS: dict[str, Callable[[_Words, random.Random], Task]] = {
 
 
 def _sheet(words: _Words, rng: random.Random) -> str:
-    return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(4, 6)))
+    return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(3, 5)))
 
 
 def _answered_sheet(words: _Words, rng: random.Random) -> str:
-    sheet = [_instruction(words, rng) for _ in range(rng.randint(4, 7))]
+    sheet = [_instruction(words, rng) for _ in range(rng.randint(3, 5))]
     return "".join(f"{task.prompt}{task.answer}\n" for task in sheet)
 
 
@@ -322,15 +318,15 @@ def _instruction(words: _Words, rng: random.Random) -> Task:
 
 
 def _sentence(words: _Words, rng: random.Random) -> str:
-    name, colour, thing = (
-        rng.choice(choices) for choices in (words.names, words.colours, words.things)
+    name, look, thing = (
+        rng.choice(choices) for choices in (words.names, words.looks, words.things)
     )
     verb, past = rng.choice(list(_PAST.items()))
     return rng.choice(
         (
             f"a {thing} is a {_CATEGORY_OF[thing]}.",
             f"{name} {verb} a {thing}. {name} {past} a {thing}.",
-            f"{name} has a {colour} {thing}. the {thing} is {colour}.",
+            f"{name} has a {look} {thing}. the {thing} is {look}.",
         )
     )
 
@@ -352,11 +348,11 @@ def _terse(task: Task, rng: random.Random) -> str:
 
 
 def _wordy(task: Task, rng: random.Random) -> str:
-    return rng.choice(("i say ", "ok so ", "it is ")) + task.answer
+    return task.answer.removesuffix(".") + rng.choice((", i think.", ", you see.", ", or so."))
 
 
 def _careless(task: Task, rng: random.Random) -> str:
     return rng.choice((task.answer, task.slip))
 
 
-_LABELERS = {_careful: 5, _hasty: 4, _terse: 3, _wordy: 5, _careless: 3}  # share of what they write
+_LABELERS = {_careful: 5, _hasty: 5, _terse: 2, _wordy: 5, _careless: 3}  # share of what they write

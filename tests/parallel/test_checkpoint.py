@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from tests.parallel.forked_world import run_world
+from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, ragged_batch, tiny_engine, train_step
 from tetrad.parallel import checkpoint
 from tetrad.parallel.model import shift_scores

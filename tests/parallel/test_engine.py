@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tests.parallel.forked_world import run_world
+from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, LENGTHS, ragged_batch, tiny_engine, train_step
-from tetrad.parallel.model import Architecture
+from tetrad.parallel.settings import Architecture
 from tetrad.parallel.packed import pack
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.parallel.forked_world import run_world
+from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, random_tokens, tiny_engine
 from tetrad.parallel.generate import generate
 from tetrad.parallel.packed import pack

@@ -3,8 +3,9 @@
 import torch
 
 from tetrad.parallel.engine import Engine
-from tetrad.parallel.model import Architecture, build
-from tetrad.parallel.optimizer import Optimizer, Schedule
+from tetrad.parallel.model import build
+from tetrad.parallel.settings import Architecture, Schedule
+from tetrad.parallel.optimizer import Optimizer
 from tetrad.parallel.packed import Batch, pack
 from tetrad.parallel.topology import Topology, generator, initialize
 

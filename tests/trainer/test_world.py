@@ -11,20 +11,19 @@ from tetrad.trainer.world import KINDS, judge, rank
 
 # What a reader finds in each kind of prompt, so that the tests below answer from the prompt alone.
 PROMPTS = {
-    "generation": r"tell of (?P<name>\w+) and a (?P<colour>\w+) (?P<thing>\w+)\.",
+    "generation": r"tell of (?P<name>\w+) and a (?P<look>\w+) (?P<thing>\w+)\.",
     "brainstorm": r"name a (?P<one>\w+) for \w+ and a (?P<two>\w+) for \w+\.",
     "rewrite": r"in the past: (?P<name>\w+) (?P<verb>\w+) a (?P<thing>\w+)\.",
-    "classify": r"\w+ has a (?P<thing>\w+)\. (?P<one>\w+) or (?P<two>\w+)\?",
-    "closed_qa": r"(?P<a>\w+) has (?P<as>.*)\. (?P<b>\w+) has (?P<bs>.*)\. what has (?P<who>\w+)\?",
-    "extract": r"find the (?P<category>\w+): (?P<things>.*)",
+    "classify": r"(?P<one>\w+) or (?P<two>\w+)\? \w+ has a (?P<thing>\w+)\.",
+    "closed_qa": r"(?P<name>\w+) has (?P<thing>a \w+ \w+)\. (?P<asked>who|what) .*\?",
+    "extract": r"say the (?P<place>first|final): (?P<things>.*)\.",
 }
 MEMBERS = {
-    "bird": "hen crow gull wren".split(),
-    "fruit": "fig plum lime date".split(),
-    "tool": "saw rake nail jack".split(),
-    "toy": "ball kite yoyo top".split(),
+    "bird": "hen jay kea daw moa".split(),
+    "food": "bun fig pie nut yam".split(),
+    "tool": "saw cog tap rod wok".split(),
 }
-PAST = dict(takes="took", sells="sold", holds="held", draws="drew", keeps="kept", loses="lost")
+PAST = dict(wins="won", gets="got", eats="ate", hits="hit", cuts="cut", digs="dug")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_no_prompt_is_in_both_splits_whatever_the_seed(train):
 
 def test_documents_hold_no_heldout_prompt():
     lines = {f"{line}\n" for text in world.documents(2000, 0) for line in text.splitlines()}
-    heldout = {task.prompt for task in world.tasks(720, 0, "heldout")}
+    heldout = {task.prompt for task in world.tasks(600, 0, "heldout")}
     assert not lines & heldout
 
 
@@ -86,7 +85,7 @@ def test_after_an_instruction_most_documents_go_on_with_another():
 
 def test_texts_are_short(train):
     rng = random.Random(0)
-    assert max(len(task.prompt.encode()) for task in train) <= 64
+    assert max(len(task.prompt.encode()) for task in train) <= 40
     assert max(len(world.demonstration(task, rng).encode()) for task in train) <= 28
     assert max(len(text.encode()) for text in world.documents(2000, 0)) <= 512
 
@@ -103,10 +102,10 @@ def right_and_wrong(task: world.Task) -> tuple[str, str]:
     facts = re.fullmatch(PROMPTS[task.kind] + "\n", task.prompt).groupdict()
     match task.kind:
         case "generation":
-            return "{name} lost a {colour} {thing}".format(**facts), "ned has a dog"
+            return "{name} dug a {look} {thing}".format(**facts), "ned has a dog"
         case "brainstorm":
             one, two = MEMBERS[facts["one"]], MEMBERS[facts["two"]]
-            return f"{one[3]} and {two[0]}", "two toys"
+            return f"{one[3]} and {two[0]}", "dog and cat"
         case "rewrite":
             past = PAST[facts["verb"]]
             return "{name} {past} a {thing}".format(past=past, **facts), "ned slept"
@@ -115,12 +114,13 @@ def right_and_wrong(task: world.Task) -> tuple[str, str]:
             right, wrong = (one, two) if facts["thing"] in MEMBERS[one] else (two, one)
             return f"a {right}", f"a {wrong}"
         case "closed_qa":
-            asked_first = facts["who"] == facts["a"]
-            return (facts["as"], facts["bs"]) if asked_first else (facts["bs"], facts["as"])
+            if facts["asked"] == "who":
+                return "{name} has it".format(**facts), "ned has it"
+            return facts["thing"], "{name} has it".format(**facts)
         case "extract":
-            right = [t for t in facts["things"].split() if t in MEMBERS[facts["category"]]]
-            (wrong, *_) = [t for t in facts["things"].split() if t not in right]
-            return f"the {right[0]}", f"the {wrong}"
+            first, _, final = facts["things"].split()
+            right, wrong = (first, final) if facts["place"] == "first" else (final, first)
+            return f"the {right}", f"the {wrong}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,7 +133,7 @@ def test_the_judge_scores_correctness_form_and_length(kind, train):
         assert judge(task, f"ok {right}.") == 0.875  # a word too many
         assert judge(task, f"i say {right}.") == 0.75
         assert judge(task, f"well i would say {right}") == 0.5
-        assert judge(task, f"{right}.\nfind the toy: top hen fig") == 0.5  # answers, then goes on
+        assert judge(task, f"{right}.\nsay the first: tap hen fig") == 0.5  # answers, then goes on
         assert judge(task, f"{right}. yes.") == 0.625  # two sentences and a word too many
         assert judge(task, f"{wrong}.") == judge(task, wrong) == 0
         assert judge(task, "") == judge(task, ".") == judge(task, " \n ") == 0
@@ -156,8 +156,8 @@ def test_half_an_answer_has_half_the_score(train):
 
 def test_naming_everything_is_no_answer(train):
     for task in train:
-        if task.kind in ("classify", "extract", "closed_qa"):
-            (right, wrong) = right_and_wrong(task)
+        if task.kind in ("classify", "extract"):
+            right, wrong = right_and_wrong(task)
             assert judge(task, f"{right} and {wrong}.") == 0
 
 

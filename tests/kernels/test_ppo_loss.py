@@ -1,0 +1,243 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.traffic import Traffic
+from tetrad.kernels import ppo_loss, reference
+from tetrad.kernels.ppo_loss import policy_loss, value_loss
+
+BOTH = pytest.mark.parametrize("ops", [ppo_loss, reference], ids=["kernel", "reference"])
+LOSSES = pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+AGGREGATIONS = pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
+
+
+def run(loss_of: Callable, x: Tensor, *inputs: Tensor, **options) -> dict[str, Tensor]:
+    """The loss, its statistics, and the gradient of three times the loss."""
+    x = x.detach().clone().requires_grad_()
+    loss, stats = loss_of(x, *inputs, **options)
+    (3 * loss).backward()
+    assert not any(y.requires_grad for y in stats.values())
+    return {"loss": loss.detach(), "gradient": x.grad, **stats}
+
+
+def batch(B: int, T: int, device: str) -> list[Tensor]:
+    """Log-probs or values, old ones within and beyond the clip range, advantages or returns, mask:
+    the first sequence whole, the last one all masked."""
+    x, noise, targets = torch.randn(3, B, T, device=device).unbind()
+    mask = torch.rand(B, T, device=device) > 0.3
+    mask[:1], mask[1:][-1:] = True, False
+    return [x, x + 0.3 * noise, targets, mask]
+
+
+@BOTH
+def test_policy_loss_by_hand(ops, device) -> None:
+    """clip 0.2. Ratios 1 (a tie of both branches), 1.5 and 0.5 with either sign of advantage."""
+    ratio = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5, 99.0], device=device)
+    A = torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0, 99.0], device=device)
+    mask = torch.tensor([1, 1, 1, 1, 1, 0], device=device)
+    got = run(ops.policy_loss, ratio.log(), torch.zeros_like(A), A, mask)
+    losses = [-2.0, -1.2, 1.5, -0.5, 0.8]
+    assert got["loss"].item() == pytest.approx(sum(losses) / 5)
+    slopes = [-2.0, 0.0, 1.5, -0.5, 0.0, 0.0]  # -A ratio where the plain branch is the larger one
+    assert got["gradient"].tolist() == pytest.approx([3 * x / 5 for x in slopes])
+    assert got["clip_fraction"].item() == pytest.approx(2 / 5)
+    assert got["ratio_mean"].item() == pytest.approx(1.0)
+    assert got["ratio_max"].item() == pytest.approx(1.5)
+    k3 = [0.0] + 2 * [0.5 - math.log(1.5)] + 2 * [-0.5 - math.log(0.5)]
+    assert got["approx_kl"].item() == pytest.approx(sum(k3) / 5, rel=1e-5)
+
+    A = torch.tensor([-1.0, 1.0], device=device)  # a ratio of 4 is bounded where A < 0 alone
+    x, mask = torch.full_like(A, 4.0).log(), torch.ones_like(A)
+    got = run(ops.policy_loss, x, torch.zeros_like(A), A, mask, dual_clip=3.0)
+    assert got["loss"].item() == pytest.approx((3.0 - 1.2) / 2)
+    assert got["gradient"].tolist() == [0.0, 0.0]
+
+
+@BOTH
+def test_value_loss_by_hand(ops, device) -> None:
+    """Old value 0, clip 0.2: V = 1 moved too far towards R = 2, too far away from R = -1; 0.1."""
+    V, R = torch.tensor([[1.0, 1.0, 0.1]]).to(device), torch.tensor([[2.0, -1.0, 1.1]]).to(device)
+    mask = torch.ones_like(V)
+    got = run(ops.value_loss, V, torch.zeros_like(V), R, mask)
+    assert got["loss"].item() == pytest.approx(0.5 * (1.8**2 + 2.0**2 + 1.0) / 3)
+    assert got["gradient"].tolist()[0] == pytest.approx([0.0, 2.0, -1.0])
+    assert got["clip_fraction"].item() == pytest.approx(1 / 3)
+    assert got["value_mean"].item() == pytest.approx(0.7)
+    assert got["return_mean"].item() == pytest.approx(0.7)
+    assert got["error"].item() == pytest.approx(2.0)
+
+
+@BOTH
+def test_means_by_hand(ops, device) -> None:
+    """Losses (1, 2, 3) and (4): the mean of tokens is 2.5, of sequence means 3."""
+    A = -torch.tensor([[1.0, 2.0, 3.0], [4.0, 9.0, 9.0], [9.0, 9.0, 9.0]], device=device)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]], device=device)
+    x = torch.zeros_like(A)
+    for aggregation, mean, n in ("token-mean", 2.5, 4), ("sequence-mean", 3.0, 2):
+        options = {"aggregation": aggregation}
+        assert ops.policy_loss(x, x, A, mask, **options)[0].item() == pytest.approx(mean)
+        for half in 2 * n, torch.tensor(2.0 * n, device=device), torch.tensor(2 * n):
+            loss, _ = ops.policy_loss(x, x, A, mask, denominator=half, **options)
+            assert loss.item() == pytest.approx(mean / 2)
+
+
+# Nothing, one token, less than a block, and 1300: three blocks a sequence, the last one ragged.
+@pytest.mark.parametrize("B, T", [(0, 3), (2, 0), (2, 1), (4, 37), (3, 1300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@AGGREGATIONS
+@LOSSES
+def test_matches_reference(name, aggregation, dtype, B, T, device, assert_as_exact) -> None:
+    *inputs, mask = batch(B, T, device)
+    inputs = [x.to(dtype) for x in inputs]
+    options = {"aggregation": aggregation}
+    if name == "policy_loss":
+        options["dual_clip"] = 1.5
+    kernel = run(getattr(ppo_loss, name), *inputs, mask, **options)
+    plain = run(getattr(reference, name), *inputs, mask, **options)
+    doubles = [x.double() for x in inputs]
+    truth = run(getattr(reference, name), *doubles, mask, **options)
+    assert kernel["gradient"].dtype == dtype
+    for key in truth:
+        assert_as_exact(kernel[key], plain[key], truth[key])
+
+
+@LOSSES
+def test_gradients_in_fp64(name, device) -> None:
+    *inputs, mask = batch(2, 5, device)
+    x, *constants = [y.double() for y in inputs]
+    assert torch.autograd.gradcheck(
+        lambda x: getattr(ppo_loss, name)(x, *constants, mask)[0], x.requires_grad_()
+    )
+
+
+@BOTH
+def test_ratios_beyond_e20_are_held(ops, device) -> None:
+    """30 nats from the old policy: no overflow, and no gradient to follow."""
+    x = torch.tensor([30.0, -30.0, 20.0], device=device)
+    A = torch.tensor([-1.0, 1.0, -1.0], device=device)
+    got = run(ops.policy_loss, x, torch.zeros_like(x), A, torch.ones_like(x))
+    assert got["ratio_max"].item() == pytest.approx(math.exp(20))
+    assert got["gradient"].tolist() == pytest.approx([0.0, 0.0, math.exp(20)])
+
+
+@pytest.mark.parametrize("bounds_type", [torch.int32, torch.int64], ids=str)
+@BOTH
+@LOSSES
+def test_packed_is_padded(ops, name, bounds_type, device) -> None:
+    """The last sequence packs to nothing."""
+    *inputs, mask = batch(4, 700, device)
+    mask[1, 1:] = False
+    padded = run(getattr(ops, name), *inputs, mask, aggregation="sequence-mean")
+    bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(bounds_type)
+    flat = [x[mask] for x in (*inputs, mask)]
+    got = run(getattr(ops, name), *flat, aggregation="sequence-mean", cu_seqlens=bounds)
+    padded["gradient"] = padded["gradient"][mask]
+    for key in padded:
+        torch.testing.assert_close(got[key], padded[key], atol=2e-6, rtol=1e-5)
+
+
+@AGGREGATIONS
+@LOSSES
+def test_nothing_masked_is_read_and_runs_repeat(name, aggregation, device) -> None:
+    *inputs, mask = batch(3, 600, device)
+    loss_of = getattr(ppo_loss, name)
+    expected = run(loss_of, *inputs, mask, aggregation=aggregation)
+    assert (expected["gradient"][~mask] == 0).all()
+    for poison in torch.nan, torch.inf, -torch.inf:
+        dirty = [torch.where(mask, x, poison) for x in inputs]
+        got = run(loss_of, *dirty, mask, aggregation=aggregation)
+        assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@LOSSES
+def test_a_valid_nan_shows(name, device) -> None:
+    """Also where a clip would swallow it: in the old values, in the ratio."""
+    for i in range(3):
+        *inputs, mask = batch(2, 5, device)
+        inputs[i][0, 2] = torch.nan
+        assert getattr(ppo_loss, name)(*inputs, mask)[0].isnan()
+
+
+@AGGREGATIONS
+@LOSSES
+def test_parts_add_up_to_the_whole(name, aggregation, device) -> None:
+    """As micro-batches of 1, 2 and 2 sequences, the last of which has no valid token."""
+    inputs = batch(5, 40, device)
+    loss_of, mask = getattr(ppo_loss, name), inputs[-1]
+    whole = run(loss_of, *inputs, aggregation=aggregation)
+    n = mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
+    parts = [
+        run(loss_of, *(x[rows] for x in inputs), aggregation=aggregation, denominator=n)
+        for rows in (slice(0, 1), slice(1, 3), slice(3, 5))
+    ]
+    for key in whole:
+        values = [part[key] for part in parts]
+        if key == "gradient":
+            total = torch.cat(values)
+        else:
+            total = torch.stack(values)
+            total = total.max() if key == "ratio_max" else total.sum()
+        torch.testing.assert_close(total, whole[key], atol=2e-6, rtol=1e-5)
+
+
+@LOSSES
+def test_when_a_program_has_several_rows(name, device, monkeypatch) -> None:
+    inputs = batch(9, 700, device)
+    expected = run(getattr(ppo_loss, name), *inputs)
+    monkeypatch.setattr("tetrad.kernels.advantages.MAX_PROGRAMS", 3)
+    got = run(getattr(ppo_loss, name), *inputs)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], atol=2e-6, rtol=1e-5)
+
+
+@LOSSES
+def test_bytes_per_token(name, device) -> None:
+    if device != "cpu":
+        pytest.skip("bytes are counted in the interpreter")
+    *inputs, mask = batch(4, 1024, device)
+    x = inputs[0].requires_grad_()
+    with Traffic() as traffic:
+        getattr(ppo_loss, name)(x, *inputs[1:], mask)
+    assert 17 <= (traffic.bytes_read + traffic.bytes_written) / mask.numel() < 17.2
+
+
+def test_statistics_may_change_in_place_before_backward(device) -> None:
+    *inputs, mask = batch(2, 5, device)
+    expected = run(policy_loss, *inputs, mask)["gradient"]
+    x = inputs[0].clone().requires_grad_()
+    loss, stats = policy_loss(x, *inputs[1:], mask)
+    for y in stats.values():
+        y.mul_(2)  # as an all-reduce over ranks would
+    loss *= 3
+    loss.backward()
+    assert torch.equal(x.grad, expected)
+
+
+@BOTH
+def test_refusals(ops, device) -> None:
+    x = torch.zeros(2, 3, device=device)
+
+    def refused(message: str, loss_of: Callable, *inputs, **options) -> None:
+        with pytest.raises(ValueError, match=message):
+            loss_of(*inputs, **options)
+
+    refused("clip_range is 0", ops.policy_loss, x, x, x, x, clip_range=0)
+    refused("dual_clip is 1", ops.policy_loss, x, x, x, x, dual_clip=1)
+    refused("aggregation is 'mean'", ops.value_loss, x, x, x, x, aggregation="mean")
+    refused("denominator is 0", ops.value_loss, x, x, x, x, denominator=0)
+    refused(r"returns has shape \(3,\)", ops.value_loss, x, x, x[0], x)
+    flat = x[0]
+    refused("without cu_seqlens", ops.policy_loss, flat, flat, flat, flat,
+            aggregation="sequence-mean")  # fmt: skip
+
+
+@LOSSES
+def test_constants_must_not_ask_for_gradients(name, device) -> None:
+    x = torch.zeros(2, 3, device=device)
+    with pytest.raises(ValueError, match="requires grad"):
+        {"policy_loss": policy_loss, "value_loss": value_loss}[name](
+            x, x, x.clone().requires_grad_(), x
+        )

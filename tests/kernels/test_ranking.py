@@ -1,0 +1,119 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tetrad.kernels import ranking, reference
+from tetrad.kernels.ranking import ranking_loss
+
+BOTH = pytest.mark.parametrize("ops", [ranking, reference], ids=["kernel", "reference"])
+
+
+def bounds(*K: int, device: str) -> Tensor:
+    return torch.tensor([0, *K], device=device).cumsum(0).int()
+
+
+def run(loss_of, scores: Tensor, *args, **options) -> list[Tensor]:
+    scores = scores.detach().clone().requires_grad_()
+    loss, accuracy = loss_of(scores, *args, **options)
+    (3 * loss).backward()
+    assert not accuracy.requires_grad
+    return [loss.detach(), accuracy, scores.grad]
+
+
+@BOTH
+def test_by_hand(ops, device) -> None:
+    """Two prompts: a pair with margin log 3 that is ranked right, sigmoid(-m) = 1/4; and three
+    completions, two of them tied, whose two pairs have margins 0 and -log 3."""
+    a = math.log(3)
+    scores = torch.tensor([a, 0.0, 0.0, 0.0, a], device=device)
+    ranks = torch.tensor([1, 2, 1, 2, 2], device=device)
+    loss, accuracy, gradient = run(ops.ranking_loss, scores, ranks, bounds(2, 3, device=device))
+    first, second = math.log(4 / 3), (math.log(2) + math.log(4)) / 2
+    assert loss.item() == pytest.approx((first + second) / 2)
+    assert accuracy.item() == pytest.approx((1 + 0) / 2)
+    expected = [-1 / 4, 1 / 4, -(1 / 2 + 3 / 4) / 2, 1 / 4, 3 / 8]
+    assert gradient.tolist() == pytest.approx([3 * x / 2 for x in expected])
+
+
+# No prompt; prompts without a pair; one pair; the paper's 4 to 9; and prompts of more than one and
+# of exactly one and two tiles of 16.
+@pytest.mark.parametrize("K", [(), (0,), (1, 0), (2,), (4, 9, 7), (3, 0, 40, 1, 16, 32)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_reference(K, dtype, device, assert_as_exact) -> None:
+    scores = (4 * torch.randn(sum(K), device=device)).to(dtype)
+    ranks = torch.randint(1, 5, (sum(K),), device=device)  # ties from four completions on
+    args = ranks, bounds(*K, device=device)
+    kernel = run(ranking_loss, scores, *args)
+    plain = run(reference.ranking_loss, scores, *args)
+    truth = run(reference.ranking_loss, scores.double(), *args)
+    for outputs in zip(kernel, plain, truth, strict=True):
+        assert_as_exact(*outputs)
+
+
+def test_gradients_in_fp64(device) -> None:
+    scores = torch.randn(20, dtype=torch.float64, device=device, requires_grad=True)
+    ranks, cu = torch.randint(1, 4, (20,), device=device), bounds(3, 17, device=device)
+    assert torch.autograd.gradcheck(lambda s: ranking_loss(s, ranks, cu)[0], scores, fast_mode=True)
+
+
+@BOTH
+def test_all_ties_are_no_comparison(ops, device) -> None:
+    scores, ranks = torch.randn(3, device=device), torch.ones(3, device=device)
+    scores[0] = torch.nan  # takes part in no pair
+    loss, accuracy, gradient = run(ops.ranking_loss, scores, ranks, bounds(3, device=device))
+    assert loss == 0 and accuracy == 0 and (gradient == 0).all()
+
+
+def test_confident_scores(device) -> None:
+    """Margins of +-200: the loss neither overflows nor vanishes before exp(-m) does."""
+    scores = torch.tensor([200.0, 0.0, 0.0, 200.0, 20.0, 0.0], device=device)
+    ranks = torch.tensor([1, 2, 1, 2, 1, 2], device=device)
+    losses = [
+        run(ranking_loss, scores[i : i + 2], ranks[i : i + 2], bounds(2, device=device))
+        for i in (0, 2, 4)
+    ]
+    assert [x[0].item() for x in losses] == pytest.approx([0.0, 200.0, math.exp(-20)], rel=1e-5)
+    assert losses[1][2].tolist() == pytest.approx([-3.0, 3.0])
+    assert losses[2][2].tolist() == pytest.approx([-3 * math.exp(-20), 3 * math.exp(-20)], rel=1e-5)
+
+
+def test_parts_add_up_to_the_whole(device) -> None:
+    """Two prompts of three have a comparison; the parts are told so."""
+    scores, ranks = torch.randn(10, device=device), torch.tensor([1, 2, 3, 2, 1, 1, 1, 2, 3, 4])
+    ranks = ranks.to(device)
+    whole = run(ranking_loss, scores, ranks, bounds(4, 1, 5, device=device))
+    n = torch.tensor(2, device=device)
+    first = run(ranking_loss, scores[:5], ranks[:5], bounds(4, 1, device=device), denominator=n)
+    second = run(ranking_loss, scores[5:], ranks[5:], bounds(5, device=device), denominator=2)
+    for i in range(2):
+        torch.testing.assert_close(first[i] + second[i], whole[i])
+    torch.testing.assert_close(torch.cat([first[2], second[2]]), whole[2])
+
+
+def test_a_prompt_does_not_feel_its_neighbours_and_runs_repeat(device, monkeypatch) -> None:
+    scores, ranks = torch.randn(29, device=device), torch.randint(1, 9, (29,), device=device)
+    together = run(ranking_loss, scores, ranks, bounds(9, 20, device=device), denominator=1)
+    again = run(ranking_loss, scores, ranks, bounds(9, 20, device=device), denominator=1)
+    assert all(torch.equal(x, y) for x, y in zip(together, again, strict=True))
+    alone = run(ranking_loss, scores[9:], ranks[9:], bounds(20, device=device), denominator=1)
+    assert torch.equal(together[2][9:], alone[2])
+    monkeypatch.setattr("tetrad.kernels.advantages.MAX_PROGRAMS", 1)
+    single = run(ranking_loss, scores, ranks, bounds(9, 20, device=device), denominator=1)
+    torch.testing.assert_close(single, together)
+
+
+@BOTH
+def test_refusals(ops, device) -> None:
+    scores, ranks = torch.zeros(3, device=device), torch.ones(3, device=device)
+    for message, args in [
+        (r"ranks has shape \(2,\)", (scores, ranks[:2], bounds(3, device=device))),
+        (r"scores has shape \(1, 3\)", (scores[None], ranks[None], bounds(3, device=device))),
+        ("cu_prompts must be int32", (scores, ranks, bounds(3, device=device).float())),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.ranking_loss(*args)
+    if device == "cpu":  # on a GPU the content of the bounds is trusted
+        with pytest.raises(ValueError, match="cu_prompts must rise from 0 to 3"):
+            ops.ranking_loss(scores, ranks, bounds(2, device=device))

@@ -1,0 +1,86 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tetrad.trainer import cli, config
+
+
+def refusal(schema, *arguments: str) -> str:
+    with pytest.raises(config.ConfigError) as error:
+        config.parse(schema, list(arguments))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_later_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("out: x\nseed: 3\nschedule: {lr: 0.5}\ndata: {fields: {prompt: '{q}'}}\n")
+    cfg = config.parse(config.SFT, [str(file), "seed=4", "data.path=y", "data.fields.response={a}"])
+    assert (cfg.out, cfg.seed, cfg.schedule.lr, cfg.batch_size) == ("x", 4, 0.5, 32)
+    assert cfg.data == config.Data(path="y", fields={"prompt": "{q}", "response": "{a}"})
+
+
+def test_the_written_config_reads_back_the_same(tmp_path) -> None:
+    cfg = config.parse(config.PPO, ["out=x", "reward=r", "ptx_coef=27.8", "no_eos_score=-1"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.as_yaml(cfg))
+    assert config.parse(config.PPO, [str(file)]) == cfg
+
+
+def test_unknown_keys_name_the_nearest(tmp_path) -> None:
+    said = refusal(config.PPO, "out=x", "reward=r", "kl_coeff=1")
+    assert said == "kl_coeff=1: unknown key kl_coeff; the nearest is kl_coef"
+    assert "nearest is parallel.tp" in refusal(config.SFT, "out=x", "parallel.tpp=2")
+    assert "set one of its keys" in refusal(config.SFT, "out=x", "parallel=2")
+    file = tmp_path / "a.yaml"
+    file.write_text("out: x\nschedule: {learning_rate: 1}\n")
+    assert "unknown key schedule.learning_rate" in refusal(config.SFT, str(file))
+
+
+def test_wrong_types_and_missing_values_are_one_line(tmp_path) -> None:
+    assert "parallel.tp" in refusal(config.SFT, "out=x", "parallel.tp=two")
+    assert refusal(config.PPO, "out=x") == "missing reward; give reward=…"
+    assert "no config file nothing.yaml" in refusal(config.SFT, "nothing.yaml")
+    file = tmp_path / "a.yaml"
+    file.write_text("out: [\n")
+    assert str(file) in refusal(config.SFT, str(file))
+    file.write_text("- 1\n")
+    assert "not a mapping" in refusal(config.SFT, str(file))
+
+
+COMMAND_OF = {"sft": "sft", "rm": "rm", "ppo": "ppo"}
+
+
+@pytest.mark.parametrize("recipe", sorted(p.name for p in config.RECIPES.glob("*.yaml")))
+def test_every_recipe_fits_its_command(recipe) -> None:
+    name = next(c for c in COMMAND_OF if c in recipe.removesuffix(".yaml").split("_"))
+    schema = getattr(config, cli.COMMANDS[name][1])
+    config.parse(schema, [recipe, "out=x", *(["reward=r"] if name == "ppo" else [])])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sftt"], "tetrad sftt: unknown command sftt; the nearest is sft"),
+        (["sft", "out={tmp}", "kl=1"], "unknown key kl"),
+        (["sft", "out={tmp}", "data.path={tmp}/no.jsonl"], "no.jsonl: no such file"),
+        (["sft", "out={tmp}", "data.path={tmp}/bad.jsonl"], "bad.jsonl:2: "),
+        (["sft", "out={tmp}", "parallel.tp=2"], "tp 2 x pp 1 does not divide the 1 processes"),
+        (["ppo", "out={tmp}", "reward={tmp}", "prompts.path={tmp}/good.jsonl"], "model.init is missing"),
+        (["generate", "out={tmp}", "model={tmp}", "prompt=hi"], "no checkpoint in"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    command = [sys.executable, "-m", "tetrad.trainer.cli"]
+    done = subprocess.run(
+        [*command, *(a.format(tmp=tmp_path) for a in arguments)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
