@@ -69,7 +69,7 @@ def _ranking(
                 other = j + tl.arange(0, BLOCK)
                 theirs = tl.load(scores_ptr + other, mask=other < end, other=0).to(REAL)
                 wins, loses = _better(ranks_ptr, at, other, end)
-                margin = tl.where(wins | loses, mine[:, None] - theirs[None, :], 0)
+                margin = mine[:, None] - theirs[None, :]
                 e = tl.exp(-tl.abs(margin))
                 u = 1 + e  # log1p(e) = log(u) e / (u - 1): exact also where u rounds (Kahan)
                 log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))

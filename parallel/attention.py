@@ -15,7 +15,7 @@ class KVCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor, p: "Packing") -> tuple[Tensor, Tensor]:
-        """Store k and v (T, heads, d) behind what is there; (S, longest_context, heads, d) of all."""
+        """Store k, v (T, heads, d) behind what is there; (S, longest_context, heads, d) of all."""
         if layer not in self.layers:
             shape = (len(p.cu_seqlens) - 1, self.max_length, *k.shape[1:])
             self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
@@ -91,15 +91,19 @@ class Attention(nn.Module):
             k, v = p.unpack(k), p.unpack(v)
         else:
             k, v = p.cache.extend(self.layer_number, k, v, p)
+            assert p.start is not None
             last_visible = p.start[:, None] + torch.arange(p.longest, device=q.device)
             places = torch.arange(p.longest_context, device=q.device)
             mask = (places <= last_visible[..., None])[:, None]  # (S, 1, longest, longest_context)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (q, k, v)),
+            q,
+            k,
+            v,
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         return p.pack(out.transpose(1, 2)).flatten(1)[:, None]

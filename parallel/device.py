@@ -65,8 +65,8 @@ class _Noop:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exception) -> bool:
-        return False
+    def __exit__(self, *exception) -> None:
+        pass
 
     def elapsed_time(self, other) -> float:
         return 0.0
@@ -160,7 +160,9 @@ class _Rewrite(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(self, fullname: str):  # neither from nor to a .pyc: those hold the unchanged source
+    def get_code(
+        self, fullname: str
+    ):  # neither from nor to a .pyc: those hold the unchanged source
         path = self.get_filename(fullname)
         tree = _Rewrite().visit(ast.parse(self.get_data(path), path))
         at = 0  # after the docstring and the __future__ imports

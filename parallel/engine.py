@@ -84,7 +84,7 @@ class Engine:
                 vocab_size=size,
                 group=groups.tp if self.topology.tp > 1 else None,
             )
-            return _per_token(logprobs, part)
+            return _per_token(logprobs, part)  # type: ignore[arg-type]
 
         return from_logits
 

@@ -82,7 +82,12 @@ class _Decoder:
     """The rows of one rank, one token a step."""
 
     def __init__(
-        self, engine: Engine, prompts: list[list[int]], max_new: int, eos_id: int, temperature: float
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        max_new: int,
+        eos_id: int,
+        temperature: float,
     ) -> None:
         self.engine, self.prompts, self.max_new = engine, prompts, max_new
         self.eos_id, self.temperature = eos_id, temperature
@@ -131,7 +136,7 @@ class _Decoder:
         if t.is_last_stage:
             chosen = self._sample(logits, uniform)
             both[0] = chosen
-            both[1] = token_logprobs(
+            both[1] = token_logprobs(  # type: ignore[assignment]
                 logits,
                 chosen,
                 temperature=self.temperature or 1.0,
@@ -156,4 +161,6 @@ class _Decoder:
             return logits.argmax(-1)
         cumulative = (logits / self.temperature).softmax(-1).cumsum(-1)
         threshold = uniform[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )

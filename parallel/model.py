@@ -125,7 +125,7 @@ def build(
     )
     model.head, model.architecture = head, architecture
     if head == "scalar" and topology.is_last_stage:
-        model.output_layer = ScalarHead(architecture.hidden_size)
+        model.output_layer = ScalarHead(architecture.hidden_size)  # type: ignore[assignment]
     _initialise(model, topology, seed)
     model.to(device.device())
     return model if precision == "fp32" else Float16Module(config, model)

@@ -21,7 +21,7 @@ class Batch:
     response_mask: Tensor  # (N,) bool, 1 = a response token that counts; never a first token
     per_token: dict[str, Tensor] = field(default_factory=dict)  # (N,) each
     per_sequence: dict[str, Tensor] = field(default_factory=dict)  # (S,) each
-    cu_groups: Tensor | None = None  # (G + 1,) int64, in sequences
+    cu_groups: Tensor = None  # type: ignore[assignment]  # (G + 1,) int64, in sequences
 
     def __post_init__(self) -> None:
         if self.cu_groups is None:
@@ -95,7 +95,9 @@ class Batch:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], groups: Tensor | None = None
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    groups: Tensor | None = None,
 ) -> Batch:
     """A batch of prompt + response sequences; the responses count. An empty prompt gives its first
     response token away, since nothing precedes it that could predict it."""

@@ -1,4 +1,4 @@
-"""tetrad: language models from human feedback. The ops are here by name: `from tetrad import gae`."""
+"""Language models from human feedback. The ops are here by name: `from tetrad import gae`."""
 
 import importlib
 

@@ -77,7 +77,7 @@ def _usage() -> str:
     lines = [f"  {name:10} {does}" for name, (_, _, does) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: tetrad COMMAND [CONFIG.yaml] [a.b=value …]    (tetrad COMMAND --help: its keys)",
+            "usage: tetrad COMMAND [CONFIG.yaml] [a.b=value …]   (tetrad COMMAND --help: its keys)",
             *lines,
             "  doctor     what this machine offers, and which path each part takes",
         ]

@@ -228,9 +228,9 @@ def _load(name: str) -> DictConfig:
 
 def _leaves(layer: DictConfig, prefix: str = "") -> list[str]:
     keys = []
-    for key in layer:
+    for key in map(str, layer):
         child = layer._get_node(key)
-        if isinstance(child, DictConfig) and str(key) != "fields" and not child._is_none():
+        if isinstance(child, DictConfig) and key != "fields" and not child._is_none():
             keys += _leaves(child, f"{prefix}{key}.")
         else:
             keys.append(f"{prefix}{key}")

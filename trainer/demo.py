@@ -5,10 +5,10 @@ of answering it; then the same `pretrain`, `sft`, `rm` and `ppo` that a cluster 
 assistant of it. The gold judge labels comparisons and grades held-out answers; no model sees it.
 """
 
-import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +23,7 @@ from tetrad.trainer.loop import build_role, start
 from tetrad.trainer.metrics import write_summary
 from tetrad.trainer.ppo import ppo
 from tetrad.trainer.rm import rm
-from tetrad.trainer.rollout import rollout
+from tetrad.trainer.rollout import Episodes, rollout
 from tetrad.trainer.sft import mean_loss, pretrain, sft
 from tetrad.trainer.tokenizer import ByteTokenizer
 
@@ -35,12 +35,12 @@ POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 
 
 def demo(cfg: config.Demo) -> dict:
-    """Run every stage into its own folder under cfg.out; summary.json and report.html at the end."""
+    """Run every stage into its own folder under cfg.out; then summary.json and report.html."""
     began = time.perf_counter()
     topology = start(cfg)
     out = Path(cfg.out)
     files = _write_data(out / "data", cfg)
-    common = {"seed": cfg.seed, "parallel": cfg.parallel, "save_every": 1000}
+    common: dict[str, Any] = {"seed": cfg.seed, "parallel": cfg.parallel, "save_every": 1000}
 
     pretrain(
         config.Pretrain(
@@ -61,7 +61,8 @@ def demo(cfg: config.Demo) -> dict:
     reward = rm(
         config.RM(
             out=str(out / "rm"), model=config.Model(init=str(out / "sft")),
-            data=Data(files["comparisons"]), demonstrations=Data(files["demonstrations"], limit=256),
+            data=Data(files["comparisons"]),
+            demonstrations=Data(files["demonstrations"], limit=256),
             max_length=LENGTH, epochs=1, batch_size=16, validation=0.1,
             schedule=Schedule(lr=1e-3, warmup_steps=4), **common,
         )
@@ -121,7 +122,7 @@ def _policy(cfg: config.Demo, topology: Topology, name: str) -> Engine:
     return build_role(cfg, topology, "language", source)
 
 
-def _answers(policy: Engine, tasks: list[world.Task], seed: int) -> tuple[list[str], list]:
+def _answers(policy: Engine, tasks: list[world.Task], seed: int) -> tuple[list[str], Episodes]:
     prompts = [TOKENIZER.encode(t.prompt) for t in tasks]
     episodes = rollout(policy, prompts, SAMPLING, TOKENIZER.eos_id, seed=(seed, -1))
     return [TOKENIZER.decode(r) for r in episodes.responses], episodes

@@ -90,5 +90,7 @@ def win_rate(ours: list[float], theirs: list[float]) -> float:
 def sampled_kl(model: Engine, other: Engine, episodes: Episodes, temperature: float) -> float:
     """Mean over the model's own responses of log p_model - log p_other, nats per response."""
     batch = episodes.batch
-    difference = model.logprobs(batch, temperature or 1.0) - other.logprobs(batch, temperature or 1.0)
+    difference = model.logprobs(batch, temperature or 1.0) - other.logprobs(
+        batch, temperature or 1.0
+    )
     return float(difference.sum() / len(batch))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
+import yaml
 
 from tetrad.parallel import checkpoint
 from tetrad.parallel.engine import Engine
@@ -43,7 +43,8 @@ def _check_same_run(cfg: config.Training, out: Path) -> None:
     if not cfg.resume or checkpoint.latest(out / "checkpoints") is None:
         return
     free = ("parallel", "save_every", "keep", "resume", "out", "stop_after")
-    old, new = OmegaConf.load(out / "config.yaml"), OmegaConf.create(config.as_yaml(cfg))
+    old = yaml.safe_load((out / "config.yaml").read_text())
+    new = yaml.safe_load(config.as_yaml(cfg))
     for key in new:
         if key not in free and old.get(key) != new[key]:
             raise ValueError(
@@ -169,4 +170,3 @@ def _forget(folder: Path) -> None:
 def _say(message: str) -> None:
     if dist.get_rank() == 0:
         log.info(message)
-

@@ -19,7 +19,9 @@ class Metrics:
     checkpoint does not hold, and takes them again.
     """
 
-    def __init__(self, out: Path, name: str, start: int, steps: int, shown: tuple[str, ...]) -> None:
+    def __init__(
+        self, out: Path, name: str, start: int, steps: int, shown: tuple[str, ...]
+    ) -> None:
         self.on = dist.get_rank() == 0
         self.shown = shown
         if not self.on:

@@ -170,23 +170,28 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
         reward=role("scalar", cfg.reward),
     )
 
+    last: dict[str, float] = {}
+
     def step(i: int) -> dict[str, float]:
         batch = [prompts[j] for j in chosen(i)]
-        return iteration(roles, batch, text, cfg, tokenizer.eos_id, i)
+        last.update(iteration(roles, batch, text, cfg, tokenizer.eos_id, i))
+        return last
 
-    history: list[dict[str, float]] = []
     complete = train(
         cfg,
         {"policy": roles.policy, "critic": roles.critic},
         cfg.steps,
-        lambda i: history.append(step(i)) or history[-1],
+        step,
         name="ppo-ptx" if text else "ppo",
         tokenizer=name,
         shown=("score", "kl", "reward", "policy/clip_fraction"),
     )
-    summary = {"complete": complete, "steps": cfg.steps, "episodes": cfg.steps * cfg.batch_size}
-    if history:
-        summary |= {name: history[-1][name] for name in ("score", "kl", "reward")}
+    summary: dict[str, float] = {
+        "complete": complete,
+        "steps": cfg.steps,
+        "episodes": cfg.steps * cfg.batch_size,
+    }
+    summary |= {name: last[name] for name in ("score", "kl", "reward") if name in last}
     write_summary(Path(cfg.out), summary)
     return summary
 

@@ -60,7 +60,7 @@ def rm(cfg: config.RM) -> dict[str, float]:
         cfg, {"reward": model}, steps, step,
         name="rm", tokenizer=name, shown=("loss", "accuracy"),
     )  # fmt: skip
-    summary = {"complete": complete, "steps": steps, "prompts": len(training)}
+    summary: dict[str, float] = {"complete": complete, "steps": steps, "prompts": len(training)}
     if validation:
         batch = ranked([comparisons[i] for i in validation])
         loss, accuracy = ranking_loss(

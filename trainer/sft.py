@@ -22,7 +22,9 @@ def sft(cfg: config.SFT) -> dict[str, float]:
     name, tokenizer = tokenizer_of(cfg.model)
     rows = read("demonstrations", **vars(cfg.data))
     examples = tokenize_demonstrations(rows, tokenizer, cfg.max_length)
-    return _fit(cfg, topology, "sft", name, [e.prompt for e in examples], [e.response for e in examples])
+    return _fit(
+        cfg, topology, "sft", name, [e.prompt for e in examples], [e.response for e in examples]
+    )
 
 
 def pretrain(cfg: config.Pretrain) -> dict[str, float]:
@@ -55,7 +57,7 @@ def _fit(
     complete = train(
         cfg, {"policy": model}, steps, step, name=stage, tokenizer=tokenizer, shown=("loss", "lr")
     )
-    summary = {"complete": complete, "steps": steps, "examples": len(training)}
+    summary: dict[str, float] = {"complete": complete, "steps": steps, "examples": len(training)}
     if validation:
         summary["validation_loss"] = mean_loss(model, sequences(validation))
     write_summary(Path(cfg.out), summary)

@@ -102,8 +102,8 @@ def split_of(prompt: str) -> str:
 def documents(n: int, seed: int) -> list[str]:
     """n pretraining documents of three to ten lines, without a held-out prompt among them.
 
-    Of ten documents five are sheets of instructions alone, three are sheets with the answer under
-    each instruction, and two are plain sentences. Each is about a few people and things, as texts
+    Of 20 documents 11 are sheets of instructions alone, 6 are sheets with the answer under each
+    instruction, and 3 are plain sentences. Each is about a few people and things, as texts
     are: what was named comes back, which is what teaches a small model to copy.
     """
     rng = random.Random(f"documents {seed}")
@@ -133,7 +133,8 @@ def judge(task: Task, response: str) -> float:
     form: 1 for a single line that is one sentence and ends with its period, else 0.
     length: 1 for as many words as the ideal answer; each word more or less takes one half.
 
-    So a wrong answer is worth nothing, however well it is put, and a right one at least 1/2.
+    So a wrong answer is worth nothing, however well it is put, a right one at least 1/2, and one
+    that is partly right (a brainstorm with one of its two ideas) a part of that.
     """
     text = response.strip()
     first_line = text.split("\n")[0]
@@ -167,26 +168,19 @@ def rank(
     return [ranks[text] for text in responses]
 
 
-# --- what a judge looks for
-
-
 _INSTRUCTION = re.compile(r"tell |name |.*[?:]")
 
 
 def _slots_filled(wanted: tuple[Slot, ...], words: list[str]) -> int:
     """How many slots the words fill from left to right; a word counts once."""
-    filled, position = set(), 0
-    count = 0
+    used, position = set(), 0
     for word in words:
         for i in range(position, len(wanted)):
-            if word in wanted[i] and word not in filled:
-                filled.add(word)
-                position, count = i + 1, count + 1
+            if word in wanted[i] and word not in used:
+                used.add(word)
+                position = i + 1
                 break
-    return count
-
-
-# --- the kinds of task
+    return len(used)
 
 
 def _draw(kind: str, split: str, words: _Words, rng: random.Random) -> Task:
@@ -297,9 +291,6 @@ _MAKERS: dict[str, Callable[[_Words, random.Random], Task]] = {
 }
 
 
-# --- pretraining documents
-
-
 def _sheet(words: _Words, rng: random.Random) -> str:
     return "".join(_instruction(words, rng).prompt for _ in range(rng.randint(3, 5)))
 
@@ -329,9 +320,6 @@ def _sentence(words: _Words, rng: random.Random) -> str:
             f"{name} has a {look} {thing}. the {thing} is {look}.",
         )
     )
-
-
-# --- labelers
 
 
 def _careful(task: Task, rng: random.Random) -> str:

@@ -30,7 +30,9 @@ def test_a_resumed_run_continues_as_if_never_stopped(head, tmp_path) -> None:
     torch.testing.assert_close(torch.tensor(begun), torch.tensor(whole[:3]), atol=1e-4, rtol=1e-4)
     for world, tp, pp in LAYOUTS:
         rest = run_world(world, train, tp, pp, head, tmp_path / "b", 3, 6)[0]
-        torch.testing.assert_close(torch.tensor(rest), torch.tensor(whole[3:]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(rest), torch.tensor(whole[3:]), atol=1e-4, rtol=1e-4
+        )
         (tmp_path / "b" / "latest").write_text(json.dumps("step_000003"))
 
 

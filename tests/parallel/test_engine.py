@@ -3,8 +3,8 @@ import torch
 
 from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, LENGTHS, ragged_batch, tiny_engine, train_step
-from tetrad.parallel.settings import Architecture
 from tetrad.parallel.packed import pack
+from tetrad.parallel.settings import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -31,7 +31,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("head, shape", [("language", "llama"), ("language", "gpt2"), ("scalar", "llama")])
+@pytest.mark.parametrize(
+    "head, shape", [("language", "llama"), ("language", "gpt2"), ("scalar", "llama")]
+)
 @pytest.mark.parametrize("world, tp, pp", LAYOUTS[1:])
 def test_every_layout_gives_the_numbers_of_one_rank(world, tp, pp, head, shape, alone) -> None:
     if (head, shape) not in alone:

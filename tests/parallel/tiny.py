@@ -4,9 +4,9 @@ import torch
 
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build
-from tetrad.parallel.settings import Architecture, Schedule
 from tetrad.parallel.optimizer import Optimizer
 from tetrad.parallel.packed import Batch, pack
+from tetrad.parallel.settings import Architecture, Schedule
 from tetrad.parallel.topology import Topology, generator, initialize
 
 # 4 layers and heads divide by every layout below; 257 tokens divide by none

@@ -14,15 +14,15 @@ TINY = ["model.num_layers=2", "model.hidden_size=32", "model.max_length=128", "m
 
 def run(command: str, *arguments: str, ranks: int = 1) -> list[dict]:
     """The rows of metrics.jsonl after `tetrad command arguments` on so many ranks."""
-    run_world(ranks, _stage, command, list(arguments))
+    run_world(ranks, stage, command, list(arguments))
     return metrics(next(a.split("=", 1)[1] for a in arguments if a.startswith("out=")))
 
 
-def _stage(command: str, arguments: list[str]) -> None:
+def stage(command: str, arguments: list[str]) -> None:
     where, schema, _ = cli.COMMANDS[command]
     module, function = where.split(":")
-    stage = getattr(importlib.import_module(f"tetrad.trainer.{module}"), function)
-    stage(config.parse(getattr(config, schema), arguments))
+    work = getattr(importlib.import_module(f"tetrad.trainer.{module}"), function)
+    work(config.parse(getattr(config, schema), arguments))
 
 
 def metrics(out: str) -> list[dict]:
@@ -46,5 +46,7 @@ def write_world(folder: Path, n: int = 40) -> None:
     rows = []
     for task in tasks:
         answers = list({world.demonstration(task, rng) for _ in range(6)} | {"no.", "a b c"})
-        rows.append({"prompt": task.prompt, "responses": answers, "ranks": world.rank(task, answers, rng)})
+        rows.append(
+            {"prompt": task.prompt, "responses": answers, "ranks": world.rank(task, answers, rng)}
+        )
     write_jsonl(folder / "comparisons.jsonl", rows)

@@ -69,7 +69,7 @@ def test_every_recipe_fits_its_command(recipe) -> None:
         (["sft", "out={tmp}", "data.path={tmp}/no.jsonl"], "no.jsonl: no such file"),
         (["sft", "out={tmp}", "data.path={tmp}/bad.jsonl"], "bad.jsonl:2: "),
         (["sft", "out={tmp}", "parallel.tp=2"], "tp 2 x pp 1 does not divide the 1 processes"),
-        (["ppo", "out={tmp}", "reward={tmp}", "prompts.path={tmp}/good.jsonl"], "model.init is missing"),
+        (["ppo", "out={tmp}", "reward=r", "prompts.path={tmp}/good.jsonl"], "model.init is missing"),
         (["generate", "out={tmp}", "model={tmp}", "prompt=hi"], "no checkpoint in"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from tetrad.trainer import config, report
 
-NASTY = 'a <script>alert("1")</script> $x\n$ \u0017'  # markup, mathematics, a control character
+NASTY = 'a <script>alert("1")</script> $\\frac$\n \u0017'  # markup, mathematics, control
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 
 
@@ -81,7 +81,7 @@ def test_the_page_needs_no_other_file_and_no_script(page: str) -> None:
 def test_what_a_model_wrote_is_text(page: str) -> None:
     assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;" in page
     assert "\u0017" not in page and "�" in page
-    assert "$x<span" in page  # then the newline, as a sign
+    assert "$\\frac$<span" in page  # then the newline, as a sign
 
 
 def test_tags_are_closed_and_images_described(page: str) -> None:

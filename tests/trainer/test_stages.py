@@ -4,6 +4,7 @@ import math
 import shutil
 
 import pytest
+
 from tests.trainer.stages import TINY, metrics, run, summary, write_world
 
 STEPS = 20
@@ -119,18 +120,19 @@ def test_a_response_without_eos_can_have_a_fixed_score(runs, tmp_path) -> None:
 def test_generate_and_evaluate(runs, tmp_path, capfd) -> None:
     prompts = f"prompts.path={runs}/prompts.jsonl"
     run("sft", *arguments("sft", runs, tmp_path / "other", "seed=1", "stop_after=1"))
-    from tests.trainer.stages import _stage
-
     from tests.forked_world import run_world
+    from tests.trainer.stages import stage
 
     out = tmp_path / "answers"
-    run_world(2, _stage, "generate", [f"out={out}", f"model={runs}/sft", prompts, "sampling.max_new=8"])
+    run_world(
+        2, stage, "generate", [f"out={out}", f"model={runs}/sft", prompts, "sampling.max_new=8"]
+    )
     rows = [r for r in (out / "generations.jsonl").read_text().splitlines()]
     assert len(rows) == 40
     assert "->" in capfd.readouterr().out
     out = tmp_path / "worth"
     run_world(
-        1, _stage, "evaluate",
+        1, stage, "evaluate",
         [f"out={out}", f"model={runs}/ppo", prompts, f"reward={runs}/rm", f"baseline={runs}/sft",
          f"text.path={runs}/text.jsonl", "length=64", "sampling.max_new=8"],
     )  # fmt: skip
