@@ -97,7 +97,7 @@ class Batch:
 def pack(
     prompts: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
-    groups: Tensor | None = None,
+    cu_groups: Tensor = None,  # type: ignore[assignment]  # default as in Batch
 ) -> Batch:
     """A batch of prompt + response sequences; the responses count. An empty prompt gives its first
     response token away, since nothing precedes it that could predict it."""
@@ -108,7 +108,7 @@ def pack(
         torch.tensor(tokens, dtype=torch.long),
         _cumulative(lengths),
         torch.tensor(mask, dtype=torch.bool),
-        cu_groups=groups,
+        cu_groups=cu_groups,
     )
     first = batch.cu_seqlens[:-1][lengths > 0]
     batch.response_mask[first] = False

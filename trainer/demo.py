@@ -45,7 +45,7 @@ def demo(cfg: config.Demo) -> dict:
     pretrain(
         config.Pretrain(
             out=str(out / "base"), model=MODEL, text=Data(files["text"]), length=LENGTH,
-            batch_size=32, epochs=1, validation=0.01,
+            batch_size=16, epochs=1, validation=0.01,
             schedule=Schedule(lr=3e-3, warmup_steps=20, warmup_from=0.0), **common,
         )
     )  # fmt: skip
@@ -53,8 +53,8 @@ def demo(cfg: config.Demo) -> dict:
         config.SFT(
             out=str(out / "sft"), model=config.Model(init=str(out / "base")),
             data=Data(files["demonstrations"]), max_length=LENGTH,
-            epochs=2, batch_size=32, validation=0.05, dropout=0.0,
-            schedule=Schedule(lr=1e-3), **common,
+            epochs=3, batch_size=32, validation=0.05, dropout=0.0,
+            schedule=Schedule(lr=1.5e-3, warmup_steps=8), **common,
         )
     )  # fmt: skip
     _collect_comparisons(cfg, topology, files["comparisons"])
@@ -114,7 +114,7 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
     return files
 
 
-_SIZES = {"documents": 9000, "demonstrations": 3000, "prompts": 4000, "compared": 500}
+_SIZES = {"documents": 8000, "demonstrations": 2400, "prompts": 4000, "compared": 500}
 
 
 def _policy(cfg: config.Demo, topology: Topology, name: str) -> Engine:

@@ -249,7 +249,8 @@ def _closed_qa(words: _Words, rng: random.Random) -> Task:
     name, stranger = rng.sample(words.names, 2)
     look, thing = rng.choice(words.looks), rng.choice(words.things)
     if rng.random() < 0.5:
-        question, wanted, unwanted = "who has it", (name,), frozenset(_WORLD.names) - {name}
+        question, unwanted = "who has it", frozenset(_WORLD.names) - {name}
+        wanted: tuple[str, ...] = (name,)
         answer, slip = f"{name} has it.", f"{stranger} has it."
     else:
         question, wanted, unwanted = "what is it", (look, thing), frozenset(_WORLD.names)

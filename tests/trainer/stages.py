@@ -15,7 +15,8 @@ TINY = ["model.num_layers=2", "model.hidden_size=32", "model.max_length=128", "m
 def run(command: str, *arguments: str, ranks: int = 1) -> list[dict]:
     """The rows of metrics.jsonl after `tetrad command arguments` on so many ranks."""
     run_world(ranks, stage, command, list(arguments))
-    return metrics(next(a.split("=", 1)[1] for a in arguments if a.startswith("out=")))
+    out = next(a.split("=", 1)[1] for a in arguments if a.startswith("out="))
+    return [] if command == "demo" else metrics(out)
 
 
 def stage(command: str, arguments: list[str]) -> None:
