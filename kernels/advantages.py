@@ -469,7 +469,7 @@ def ppo_advantages(
         )  # fmt: skip
         reward_parts = _over_group(parts, group)
         parts = torch.empty_like(parts)
-    n_reward_parts = len(reward_parts) if whiten_rewards else 1
+    n_reward_parts = 1 if reward_parts is None else len(reward_parts)
     _gae[grid](
         rewards, scores, None if whiten_rewards else logprobs, ref_logprobs, kl,
         values, mask, cu_seqlens, None, reward_parts, advantages, returns,

@@ -104,7 +104,7 @@ class Engine:
                 if groups:
                     result[batch.token_index(groups)[per_sequence].to(result.device)] = output
         dist.all_reduce(result)
-        return result.cpu()
+        return result
 
     def _accumulate(self, batch: Batch, read: Callable, loss: Loss, per_sequence: bool) -> dict:
         assert self.optimizer is not None, "this role is not trained"

@@ -141,7 +141,7 @@ def shift_scores(model: Model, amount: float) -> None:
 def unwrap(model: nn.Module) -> Model:
     """The Model inside Megatron's wrappers."""
     while not isinstance(model, Model):
-        model = model.module
+        model = model.module  # type: ignore[assignment]
     return model
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 @dataclass
 class Batch:
     """S sequences of N tokens in all. Groups of sequences (the completions of one prompt, say)
-    are never divided over micro-batches; by default each sequence is a group of its own."""
+    are never divided over micro-batches; by default each sequence is a group of its own.
+
+    Tokens, mask and bounds are on the CPU, where micro-batches are planned; fields may be on a GPU.
+    """
 
     tokens: Tensor  # (N,) int64
     cu_seqlens: Tensor  # (S + 1,) int64
@@ -64,8 +67,8 @@ class Batch:
             self.tokens[tokens],
             _cumulative(self.lengths[sequences]),
             self.response_mask[tokens],
-            {name: x[tokens] for name, x in self.per_token.items()},
-            {name: x[sequences] for name, x in self.per_sequence.items()},
+            {name: x[tokens.to(x.device)] for name, x in self.per_token.items()},
+            {name: x[sequences.to(x.device)] for name, x in self.per_sequence.items()},
             _cumulative(self.cu_groups.diff()[torch.tensor(groups, dtype=torch.long)]),
         )
 
@@ -133,5 +136,6 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 def _ranges(bounds: Tensor, chosen: Iterable[int]) -> Tensor:
     """Concatenated index ranges [bounds[i], bounds[i + 1]) of the chosen i."""
-    parts = [torch.arange(int(bounds[i]), int(bounds[i + 1])) for i in chosen]
+    ends = bounds.tolist()
+    parts = [torch.arange(ends[i], ends[i + 1]) for i in chosen]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)

@@ -29,7 +29,7 @@ from tetrad.trainer.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 SAMPLING = config.Sampling(max_new=32)
-LENGTH = 128  # tokens of a pretraining sequence
+LENGTH = 256  # tokens of a pretraining sequence: about two documents
 MODEL = config.Model(num_layers=4, hidden_size=128, num_heads=4, max_length=LENGTH)
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 
@@ -45,7 +45,7 @@ def demo(cfg: config.Demo) -> dict:
     pretrain(
         config.Pretrain(
             out=str(out / "base"), model=MODEL, text=Data(files["text"]), length=LENGTH,
-            batch_size=16, epochs=1, validation=0.01,
+            batch_size=8, epochs=1, validation=0.01,
             schedule=Schedule(lr=3e-3, warmup_steps=20, warmup_from=0.0), **common,
         )
     )  # fmt: skip
@@ -64,7 +64,7 @@ def demo(cfg: config.Demo) -> dict:
             data=Data(files["comparisons"]),
             demonstrations=Data(files["demonstrations"], limit=256),
             max_length=LENGTH, epochs=1, batch_size=16, validation=0.1,
-            schedule=Schedule(lr=1e-3, warmup_steps=4), **common,
+            schedule=Schedule(lr=5e-4, warmup_steps=4), **common,
         )
     )  # fmt: skip
     for name, ptx_coef in (("ppo", 0.0), ("ppo_ptx", 0.3)):
@@ -74,8 +74,8 @@ def demo(cfg: config.Demo) -> dict:
                 reward=str(out / "rm"), prompts=Data(files["prompts"]), text=Data(files["text"]),
                 max_prompt=LENGTH, sampling=SAMPLING, steps=max(2, round(60 * cfg.scale)),
                 batch_size=64, minibatch_size=32, kl_coef=0.02, no_eos_score=None,
-                ptx_coef=ptx_coef, ptx_ratio=0.5, ptx_length=LENGTH,
-                schedule=Schedule(lr=3e-4, decay="constant", warmup_steps=10),
+                ptx_coef=ptx_coef, ptx_ratio=0.25, ptx_length=LENGTH,
+                schedule=Schedule(lr=2e-4, decay="constant", warmup_steps=10),
                 critic_schedule=Schedule(lr=1e-3, decay="constant", warmup_steps=10), **common,
             )
         )  # fmt: skip
@@ -114,7 +114,7 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
     return files
 
 
-_SIZES = {"documents": 8000, "demonstrations": 2400, "prompts": 4000, "compared": 500}
+_SIZES = {"documents": 11000, "demonstrations": 2400, "prompts": 4000, "compared": 1000}
 
 
 def _policy(cfg: config.Demo, topology: Topology, name: str) -> Engine:

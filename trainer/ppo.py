@@ -14,7 +14,7 @@ from torch import Tensor
 from tetrad.kernels.advantages import ppo_advantages
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
 from tetrad.kernels.reference import PPOAdvantages
-from tetrad.parallel.engine import Engine
+from tetrad.parallel.engine import Engine, Loss
 from tetrad.parallel.packed import Batch, pack
 from tetrad.parallel.topology import generator
 from tetrad.trainer import config
@@ -51,14 +51,15 @@ def iteration(
     old_values = roles.critic.values(batch)
     scores = roles.reward.scores(batch)
     if cfg.no_eos_score is not None:
-        scores = torch.where(episodes.ended, scores, cfg.no_eos_score)
+        scores = torch.where(episodes.ended.to(scores.device), scores, cfg.no_eos_score)
 
     # 3. Judge: charge for KL at every token, add the score at the last one; advantages.
+    mask, cu_seqlens = (x.to(scores.device) for x in (batch.response_mask, batch.cu_seqlens))
     judged = ppo_advantages(
-        scores, old_logprobs, ref_logprobs, old_values, batch.response_mask,
+        scores, old_logprobs, ref_logprobs, old_values, mask,
         kl_coef=cfg.kl_coef, estimator=cfg.kl_estimator, gamma=cfg.gamma, lam=cfg.lam,
         whiten_rewards=cfg.whiten_rewards, whiten_advantages=cfg.whiten_advantages,
-        cu_seqlens=batch.cu_seqlens,
+        cu_seqlens=cu_seqlens,
     )  # fmt: skip
     batch.per_token |= {
         "old_logprobs": old_logprobs, "advantages": judged.advantages,
@@ -68,29 +69,43 @@ def iteration(
     # 4. Learn: the PPO and the pretraining gradient in one buffer, then policy and critic step.
     log = Log()
     for k, minibatch in minibatches(batch, cfg, i):
-        n = minibatch.response_mask.sum().clamp(min=1)
-
-        def clipped_policy(logprobs: Tensor, part: Batch, n=n):
-            return policy_loss(
-                logprobs, part.per_token["old_logprobs"], part.per_token["advantages"],
-                part.response_mask, clip_range=cfg.clip_range, denominator=n,
-            )  # fmt: skip
-
-        def clipped_value(values: Tensor, part: Batch, n=n):
-            return value_loss(
-                values, part.per_token["old_values"], part.per_token["returns"],
-                part.response_mask, clip_range=cfg.value_clip_range, denominator=n,
-            )  # fmt: skip
-
-        log.add("policy", roles.policy.accumulate_logprobs(minibatch, clipped_policy, temperature))
+        loss = clipped_policy_loss(minibatch, cfg.clip_range)
+        log.add("policy", roles.policy.accumulate_logprobs(minibatch, loss, temperature))
         if text is not None:
             pretraining = text(k)
             loss = language_loss(pretraining, cfg.ptx_coef)
             log.add("ptx", roles.policy.accumulate_logprobs(pretraining, loss))
-        log.add("critic", roles.critic.accumulate_values(minibatch, clipped_value))
+        loss = clipped_value_loss(minibatch, cfg.value_clip_range)
+        log.add("critic", roles.critic.accumulate_values(minibatch, loss))
         log.add("policy", roles.policy.step())
         log.add("critic", roles.critic.step())
     return log.means() | described(episodes, scores, judged)
+
+
+def clipped_policy_loss(minibatch: Batch, clip_range: float) -> Loss:
+    """`policy_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
+    n = minibatch.response_mask.sum().clamp(min=1)
+
+    def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        old, advantages = part.per_token["old_logprobs"], part.per_token["advantages"]
+        return policy_loss(
+            logprobs, old, advantages, part.response_mask, clip_range=clip_range, denominator=n
+        )
+
+    return loss
+
+
+def clipped_value_loss(minibatch: Batch, clip_range: float) -> Loss:
+    """`value_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
+    n = minibatch.response_mask.sum().clamp(min=1)
+
+    def loss(values: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        old, returns = part.per_token["old_values"], part.per_token["returns"]
+        return value_loss(
+            values, old, returns, part.response_mask, clip_range=clip_range, denominator=n
+        )
+
+    return loss
 
 
 def minibatches(batch: Batch, cfg: config.PPO, i: int):
@@ -130,7 +145,7 @@ def described(episodes: Episodes, scores: Tensor, judged: PPOAdvantages) -> dict
     """Means over the episodes of an iteration; KL in nats per response."""
     batch = episodes.batch
     n = len(batch)
-    sampled, old = batch.per_token["sampled_logprobs"], batch.per_token["old_logprobs"]
+    sampled, old = batch.per_token["sampled_logprobs"], batch.per_token["old_logprobs"].cpu()
     return {
         "score": float(scores.mean()),
         "kl": float(judged.kl.sum() / n),

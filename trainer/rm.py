@@ -63,9 +63,8 @@ def rm(cfg: config.RM) -> dict[str, float]:
     summary: dict[str, float] = {"complete": complete, "steps": steps, "prompts": len(training)}
     if validation:
         batch = ranked([comparisons[i] for i in validation])
-        loss, accuracy = ranking_loss(
-            model.scores(batch), batch.per_sequence["ranks"], batch.cu_groups
-        )
+        scores = model.scores(batch).cpu()
+        loss, accuracy = ranking_loss(scores, batch.per_sequence["ranks"], batch.cu_groups)
         summary |= {"heldout_loss": float(loss), "heldout_accuracy": float(accuracy)}
     write_summary(Path(cfg.out), summary)
     return summary

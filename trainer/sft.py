@@ -3,12 +3,11 @@
 Both minimise the mean loss per token of sequences; SFT counts the response tokens alone.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from tetrad.parallel.engine import Engine
+from tetrad.parallel.engine import Engine, Loss
 from tetrad.parallel.packed import Batch, pack
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_demonstrations, tokenize_text
@@ -64,7 +63,7 @@ def _fit(
     return summary
 
 
-def language_loss(batch: Batch, weight: float = 1.0) -> Callable:
+def language_loss(batch: Batch, weight: float = 1.0) -> Loss:
     """weight times the mean negative log-prob of the batch's counted tokens, for the engine."""
     n = batch.response_mask.sum().clamp(min=1)
 

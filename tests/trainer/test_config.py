@@ -69,13 +69,13 @@ def test_every_recipe_fits_its_command(recipe) -> None:
         (["sft", "out={tmp}", "data.path={tmp}/no.jsonl"], "no.jsonl: no such file"),
         (["sft", "out={tmp}", "data.path={tmp}/bad.jsonl"], "bad.jsonl:2: "),
         (["sft", "out={tmp}", "parallel.tp=2"], "tp 2 x pp 1 does not divide the 1 processes"),
-        (["ppo", "out={tmp}", "reward=r", "prompts.path={tmp}/good.jsonl"], "model.init is missing"),
+        (["ppo", "out={tmp}", "reward=r", "prompts.path={tmp}/a.jsonl"], "model.init is missing"),
         (["generate", "out={tmp}", "model={tmp}", "prompt=hi"], "no checkpoint in"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"\n')
-    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
     command = [sys.executable, "-m", "tetrad.trainer.cli"]
     done = subprocess.run(
         [*command, *(a.format(tmp=tmp_path) for a in arguments)],
