@@ -1,6 +1,8 @@
 # make demo, make test: do all set-up on a fresh machine, in .venv, pinned by constraints.txt.
 PYTHON ?= python3
 OUT ?= runs/demo
+# processes of the demo: one on a GPU, else one a core up to two
+PROCESSES ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || nproc | awk '{ print $$1 > 1 ? 2 : 1 }')
 BIN = .venv/bin
 
 .PHONY: demo test check gpu setup clean
@@ -13,7 +15,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-ptx, report
-	$(BIN)/tetrad demo out=$(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node $(PROCESSES) --no-python $(BIN)/tetrad demo out=$(OUT)
 	@echo "Open $(OUT)/report.html in a browser."
 
 test: setup  ## kernels under Triton's interpreter, then everything else

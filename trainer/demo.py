@@ -67,16 +67,16 @@ def demo(cfg: config.Demo) -> dict:
             schedule=Schedule(lr=5e-4, warmup_steps=4), **common,
         )
     )  # fmt: skip
-    for name, ptx_coef in (("ppo", 0.0), ("ppo_ptx", 0.3)):
+    for name, ptx_coef in (("ppo", 0.0), ("ppo_ptx", 0.1)):
         ppo(
             config.PPO(
                 out=str(out / name), model=config.Model(init=str(out / "sft")),
                 reward=str(out / "rm"), prompts=Data(files["prompts"]), text=Data(files["text"]),
-                max_prompt=LENGTH, sampling=SAMPLING, steps=max(2, round(60 * cfg.scale)),
-                batch_size=64, minibatch_size=32, kl_coef=0.02, no_eos_score=None,
+                max_prompt=LENGTH, sampling=SAMPLING, steps=max(2, round(45 * cfg.scale)),
+                batch_size=64, minibatch_size=32, kl_coef=0.15,
                 ptx_coef=ptx_coef, ptx_ratio=0.25, ptx_length=LENGTH,
-                schedule=Schedule(lr=2e-4, decay="constant", warmup_steps=10),
-                critic_schedule=Schedule(lr=1e-3, decay="constant", warmup_steps=10), **common,
+                schedule=Schedule(lr=1.5e-4, decay="constant", warmup_steps=20, warmup_from=0.0),
+                critic_schedule=Schedule(lr=1e-3, decay="constant"), **common,
             )
         )  # fmt: skip
     summary = _graded(cfg, topology, files)
