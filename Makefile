@@ -2,7 +2,7 @@
 PYTHON ?= python3
 OUT ?= runs/demo
 # processes of the demo: one on a GPU, else one a core up to two
-PROCESSES ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 1 || nproc | awk '{ print $$1 > 1 ? 2 : 1 }')
+PROCESSES ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(nproc)" = 1 ]; then echo 1; else echo 2; fi)
 BIN = .venv/bin
 
 .PHONY: demo test check gpu setup clean
