@@ -99,7 +99,7 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
     files = {name: str(folder / f"{name}.jsonl") for name in names}
     if dist.get_rank() == 0:
         rng = random.Random(f"labelers {cfg.seed}")
-        size = {name: max(200, round(n * cfg.scale)) for name, n in _SIZES.items()}
+        size = {name: max(100, round(n * cfg.scale)) for name, n in _SIZES.items()}
         texts = world.documents(size["documents"] + 200, cfg.seed)
         write_jsonl(files["text"], ({"text": t} for t in texts[200:]))
         write_jsonl(files["heldout_text"], ({"text": t} for t in texts[:200]))

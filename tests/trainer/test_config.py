@@ -1,10 +1,12 @@
-import os
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked_world import run_world
 from tetrad.trainer import cli, config
 
 
@@ -75,12 +77,21 @@ def test_every_recipe_fits_its_command(recipe) -> None:
 )  # fmt: skip
 def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"\n')
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
-    command = [sys.executable, "-m", "tetrad.trainer.cli"]
-    done = subprocess.run(
-        [*command, *(a.format(tmp=tmp_path) for a in arguments)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    (tmp_path / "good.jsonl").write_text('{"prompt": "a"}\n')
+    (said,) = run_world(1, command_line, [a.format(tmp=tmp_path) for a in arguments])
+    assert message in said and len(said.splitlines()) == 1, said
+
+
+def command_line(arguments: list[str]) -> str:
+    """What `tetrad arguments` prints on stderr before it exits with 2."""
+    sys.argv = ["tetrad", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    return stderr.getvalue().strip()
+
+
+def test_slips_in_the_arguments_are_told_before_anything_heavy_is_imported() -> None:
+    code = "import sys; from tetrad.trainer import cli; sys.argv[1:] = ['sft', 'kl=1']\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
