@@ -72,19 +72,23 @@ class Engine:
         assert self.optimizer is not None, "this role is not trained"
         return self.optimizer.step()
 
-    def _logprobs(self, temperature: float) -> Callable[[Tensor, Batch], Tensor]:
-        groups, size = self.topology.groups, self.core.architecture.vocab_size
+    def logprobs_of(self, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        """(R,) fp32 log-probs of tokens (R,), from this rank's columns (R, V / tp) of the logits:
+        the one place that log-probs come from."""
+        t = self.topology
+        return token_logprobs(  # type: ignore[return-value]
+            logits,
+            tokens,
+            temperature=temperature,
+            vocab_start=t.tp_rank * logits.shape[-1],
+            vocab_size=self.core.architecture.vocab_size,
+            group=t.groups.tp if t.tp > 1 else None,
+        )
 
+    def _logprobs(self, temperature: float) -> Callable[[Tensor, Batch], Tensor]:
         def from_logits(logits: Tensor, part: Batch) -> Tensor:
-            logprobs = token_logprobs(
-                logits,
-                part.tokens[part.response_mask].to(logits.device),
-                temperature=temperature,
-                vocab_start=self.topology.tp_rank * logits.shape[-1],
-                vocab_size=size,
-                group=groups.tp if self.topology.tp > 1 else None,
-            )
-            return _per_token(logprobs, part)  # type: ignore[arg-type]
+            tokens = part.tokens[part.response_mask].to(logits.device)
+            return _per_token(self.logprobs_of(logits, tokens, temperature), part)
 
         return from_logits
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tetrad.kernels.logprob import token_logprobs
 from tetrad.parallel import device
 from tetrad.parallel.attention import KVCache, Packing
 from tetrad.parallel.engine import Engine
@@ -136,14 +135,7 @@ class _Decoder:
         if t.is_last_stage:
             chosen = self._sample(logits, uniform)
             both[0] = chosen
-            both[1] = token_logprobs(  # type: ignore[assignment]
-                logits,
-                chosen,
-                temperature=self.temperature or 1.0,
-                vocab_start=t.tp_rank * logits.shape[-1],
-                vocab_size=self.engine.core.architecture.vocab_size,
-                group=t.groups.tp if t.tp > 1 else None,
-            )
+            both[1] = self.engine.logprobs_of(logits, chosen, self.temperature or 1.0)
         if t.tp * t.pp > 1:
             speaker = dist.get_global_rank(t.groups.mp, (t.pp - 1) * t.tp)
             dist.broadcast(both, speaker, group=t.groups.mp)

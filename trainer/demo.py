@@ -31,6 +31,7 @@ TOKENIZER = ByteTokenizer()
 SAMPLING = config.Sampling(max_new=32)
 LENGTH = 256  # tokens of a pretraining sequence: about two documents
 MODEL = config.Model(num_layers=4, hidden_size=128, num_heads=4, max_length=LENGTH)
+SIZES = {"documents": 11000, "demonstrations": 2400, "prompts": 4000, "compared": 1000}
 POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 
 
@@ -99,7 +100,7 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
     files = {name: str(folder / f"{name}.jsonl") for name in names}
     if dist.get_rank() == 0:
         rng = random.Random(f"labelers {cfg.seed}")
-        size = {name: max(100, round(n * cfg.scale)) for name, n in _SIZES.items()}
+        size = {name: max(100, round(n * cfg.scale)) for name, n in SIZES.items()}
         texts = world.documents(size["documents"] + 200, cfg.seed)
         write_jsonl(files["text"], ({"text": t} for t in texts[200:]))
         write_jsonl(files["heldout_text"], ({"text": t} for t in texts[:200]))
@@ -112,9 +113,6 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
         write_jsonl(files["prompts"], ({"prompt": t.prompt, "kind": t.kind} for t in tasks))
     dist.barrier()
     return files
-
-
-_SIZES = {"documents": 11000, "demonstrations": 2400, "prompts": 4000, "compared": 1000}
 
 
 def _policy(cfg: config.Demo, topology: Topology, name: str) -> Engine:
@@ -131,7 +129,7 @@ def _answers(policy: Engine, tasks: list[world.Task], seed: int) -> tuple[list[s
 def _collect_comparisons(cfg: config.Demo, topology: Topology, path: str) -> None:
     """K = 4..9 answers of the SFT model to each prompt, ranked by the simulated labeler."""
     rng = random.Random(f"comparisons {cfg.seed}")
-    tasks = world.tasks(max(60, round(_SIZES["compared"] * cfg.scale)), cfg.seed + 2, "train")
+    tasks = world.tasks(max(60, round(SIZES["compared"] * cfg.scale)), cfg.seed + 2, "train")
     repeated = [task for task in tasks for _ in range(rng.randint(4, 9))]
     answers, _ = _answers(_policy(cfg, topology, "sft"), repeated, cfg.seed)
     groups: dict[str, list[str]] = {}
