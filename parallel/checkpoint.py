@@ -47,12 +47,13 @@ def save(
     if dist.get_rank() == 0:
         for role, engine in engines.items():
             model = {"head": engine.core.head, "architecture": asdict(engine.core.architecture)}
-            _write(draft / role / "model.json", {**state.get("model", {}), **model})
-        _write(draft / "state.json", {"step": step, "roles": list(engines), **state})
+            _write_json(draft / role / "model.json", {**state.get("model", {}), **model})
+        _write_json(draft / "state.json", {"step": step, "roles": list(engines), **state})
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        _write(folder / "latest", final.name)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
+        _write_json(folder / "latest", final.name)
+        older = [p for p in sorted(folder.glob("step_*")) if p != final]
+        for old in older[: len(older) - (keep - 1)]:
             shutil.rmtree(old)
     dist.barrier()
     return final
@@ -64,22 +65,25 @@ def latest(folder: Path) -> Path | None:
     return folder / json.loads(pointer.read_text()) if pointer.exists() else None
 
 
-def find(path: str, role: str | None = None) -> Path:
-    """The folder of one role's model: `path` is that folder, a checkpoint, or a run's folder.
+def find(path: str, head: str | None = None) -> Path:
+    """The folder of a model: `path` is that folder, a checkpoint, or a run's folder.
 
-    Without `role` the checkpoint's first. Raises ValueError when nothing is there.
+    Of several roles the first that has this head ("language" or "scalar"; None: any). Raises
+    ValueError when there is none.
     """
     place = Path(path)
     if (place / "model.json").exists():
-        return place
-    for folder in (place / "checkpoints", place):
-        place = latest(folder) or place
-    if not (place / "state.json").exists():
-        raise ValueError(f"no checkpoint in {path}")
-    roles = read_state(place)["roles"]
-    if role is not None and role not in roles:
-        raise ValueError(f"no {role} in checkpoint {place}, only {', '.join(roles)}")
-    return place / (role or roles[0])
+        candidates = [place]
+    else:
+        for folder in (place / "checkpoints", place):
+            place = latest(folder) or place
+        if not (place / "state.json").exists():
+            raise ValueError(f"no checkpoint in {path}")
+        candidates = [place / role for role in read_state(place)["roles"]]
+    for candidate in candidates:
+        if head in (None, read_model(candidate)[1]["head"]):
+            return candidate
+    raise ValueError(f"no model with a {head} head in {path}")
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -96,7 +100,8 @@ def read_model(folder: Path) -> tuple[Architecture, dict]:
 def load_weights(model: nn.Module, topology: Topology, folder: Path) -> None:
     """Weights into a model that may have another layout than the one that saved them.
 
-    A scalar model loaded from a language model takes the trunk and keeps its own fresh head.
+    A scalar model loaded from a language model takes the trunk and keeps its own fresh head; the
+    caller decides whether that is meant, by what it asks `find` for.
     """
     core = unwrap(model)
     tree = _sharded(core, topology)
@@ -130,11 +135,15 @@ def _sharded_optimizer(engine: Engine, tree: dict, is_loading: bool) -> dict[str
     return {"optimizer": state, **schedule}
 
 
-def _write(path: Path, content: Any) -> None:
-    """A JSON file, whole or not at all."""
+def _write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, whole or not at all, even if the machine stops."""
     draft = path.with_name(f".{path.name}.writing")
     with open(draft, "w") as file:
-        json.dump(content, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    draft.rename(path)
+    os.replace(draft, path)

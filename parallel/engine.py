@@ -1,5 +1,5 @@
-"""One role's model behind four calls, whatever the layout: `logprobs`, `values`, `scores` read it,
-`accumulate` adds a gradient. All take the whole batch and return the whole result on every rank.
+"""One role's model, whatever the layout: `logprobs`, `values` and `scores` read it, accumulate_…
+add a gradient, `step` applies it. All take the whole batch; the result is whole on every rank.
 
 Within, each data-parallel rank works through its share in micro-batches by Megatron's pipeline
 schedule; the last stage's results come back by one all-reduce in which every number has one owner.

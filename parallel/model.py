@@ -52,7 +52,8 @@ class Norm(nn.Module):
 
 
 class ScalarHead(nn.Linear):
-    """One number per token in the place of the unembedding, replicated over tp; fp32 arithmetic.
+    """One number per token in the place of the unembedding, replicated over tp. The product is
+    taken in fp32; in a bf16 model the weights are bf16, the bias too.
 
     Initialised as lm-human-preferences does: N(0, 1 / sqrt(hidden + 1)), bias 0.
     """

@@ -1,5 +1,7 @@
 """Megatron's gradient buffers and Adam, with a learning-rate schedule, as one `step`."""
 
+import math
+
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -67,10 +69,14 @@ class Optimizer:
         self.adam.zero_grad()
 
     def step(self) -> dict[str, float]:
-        """Sum what was accumulated over all ranks, clip, update, and empty the gradient buffer."""
+        """Sum what was accumulated over all ranks, clip, update, and empty the gradient buffer.
+
+        Raises FloatingPointError, on all ranks alike, when the gradient is not finite."""
         finalize_model_grads([self.ddp], pg_collection=self.groups)
         lr = self.adam.param_groups[0]["lr"]
         _, grad_norm, _ = self.adam.step()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm}; the newest checkpoint is good")
         self.zero_grad()
         self.schedule.step(1)
         return {"grad_norm": float(grad_norm), "lr": lr}

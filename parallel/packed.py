@@ -39,21 +39,6 @@ class Batch:
         """(S,) tokens of each sequence."""
         return self.cu_seqlens.diff()
 
-    @property
-    def sequence(self) -> Tensor:
-        """(N,) the sequence of each token."""
-        return torch.repeat_interleave(self.lengths)
-
-    @property
-    def positions(self) -> Tensor:
-        """(N,) the place of each token in its sequence."""
-        return torch.arange(len(self.tokens)) - self.cu_seqlens[:-1][self.sequence]
-
-    def responses(self) -> list[Tensor]:
-        """The response tokens of each sequence."""
-        parts = zip(*(x.split(self.lengths.tolist()) for x in (self.tokens, self.response_mask)))
-        return [tokens[mask] for tokens, mask in parts]
-
     def token_index(self, groups: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Indices into the tokens and into the sequences of these groups, in this order."""
         sequences = _ranges(self.cu_groups, groups)
@@ -94,7 +79,23 @@ class Batch:
             rank = loads.index(min(loads))
             loads[rank] += sizes[group]
             owned[rank].append(group)
-        return [_cut(mine, sizes, budget) for mine in owned]
+        return [self._cut(mine, budget) for mine in owned]
+
+    def _cut(self, groups: list[int], budget: int) -> list[list[int]]:
+        """Groups of like length together, so that sequences x longest stays within the budget:
+        attention lays them side by side."""
+        counts, lengths = self.cu_groups.diff().tolist(), self.lengths.tolist()
+        bounds = self.cu_groups.tolist()
+        longest = {g: max(lengths[bounds[g] : bounds[g + 1]], default=0) for g in groups}
+        pieces: list[list[int]] = []
+        held = widest = 0
+        for group in sorted(groups, key=lambda g: (-longest[g], g)):
+            if not pieces or (held + counts[group]) * widest > budget:
+                pieces.append([])
+                held, widest = 0, longest[group]
+            pieces[-1].append(group)
+            held += counts[group]
+        return pieces
 
 
 def pack(
@@ -118,16 +119,9 @@ def pack(
     return batch
 
 
-def _cut(groups: list[int], sizes: list[int], budget: int) -> list[list[int]]:
-    pieces: list[list[int]] = []
-    room = 0
-    for group in sorted(groups):
-        if not pieces or sizes[group] > room:
-            pieces.append([])
-            room = budget
-        pieces[-1].append(group)
-        room -= sizes[group]
-    return pieces
+def pack_text(blocks: Sequence[Sequence[int]]) -> Batch:
+    """A batch of sequences in which every token counts but the first."""
+    return pack([[]] * len(blocks), blocks)
 
 
 def _cumulative(lengths: Tensor) -> Tensor:

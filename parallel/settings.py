@@ -32,6 +32,10 @@ class Architecture:
                 f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
             )
 
+        kv_heads = self.num_kv_heads or self.num_heads
+        if kv_heads < 1 or self.num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads {kv_heads} does not divide num_heads {self.num_heads}")
+
     def padded_vocab(self, tp: int) -> int:
         """Rows of the embedding over all tp ranks."""
         multiple = math.lcm(VOCAB_MULTIPLE, tp)
@@ -56,5 +60,9 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.decay not in ("cosine", "constant"):
             raise ValueError(f"decay is {self.decay!r}; it must be 'cosine' or 'constant'")
-        if self.lr < 0:
-            raise ValueError(f"lr is {self.lr}; it must not be negative")
+        for name in ("lr", "weight_decay", "clip_norm", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("final_lr", "warmup_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1]")

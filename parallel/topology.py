@@ -74,8 +74,12 @@ def initialize(tp: int = 1, pp: int = 1) -> Topology:
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Make dropout a function of (seed, step) and this rank: no generator state outlives a step."""
-    model_parallel_cuda_manual_seed(mixed_seed(seed, step) % 2**31, force_reset_rng=True)
+    """Make dropout a function of (seed, step) and this rank's stage and replica (tp ranks share
+    what is not split): no generator state outlives a step."""
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    replica = parallel_state.get_data_parallel_rank()
+    state = mixed_seed(seed, step, stage, replica) % 2**31
+    model_parallel_cuda_manual_seed(state, force_reset_rng=True)
 
 
 def mixed_seed(*numbers: int) -> int:

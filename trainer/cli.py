@@ -41,11 +41,12 @@ def main() -> None:
             near = difflib.get_close_matches(command, [*COMMANDS, "doctor"], n=1, cutoff=0.0)
             raise ValueError(f"unknown command {command}; the nearest is {near[0]}")
         _run(command, rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TETRAD_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"tetrad {command}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f" [rank {rank}]"
+        print(f"tetrad {command}{where}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -80,6 +81,7 @@ def _usage() -> str:
             "usage: tetrad COMMAND [CONFIG.yaml] [a.b=value …]   (tetrad COMMAND --help: its keys)",
             *lines,
             "  doctor     what this machine offers, and which path each part takes",
+            "TETRAD_TRACEBACK=1 shows where an error came from.",
         ]
     )
 

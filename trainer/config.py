@@ -5,11 +5,12 @@ The defaults are InstructGPT's (Ouyang et al. 2022, appendix C) where the paper 
 
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from tetrad.parallel.settings import Architecture, Schedule
@@ -37,7 +38,7 @@ class Model:
     num_heads: int = 4
     num_kv_heads: int | None = None
     ffn_hidden_size: int | None = None
-    max_length: int = 512  # tokens
+    max_length: int = 2048  # tokens
     tie_embeddings: bool = True
 
     def architecture(self, vocab_size: int) -> Architecture:
@@ -188,9 +189,7 @@ def parse(schema: type, arguments: list[str]) -> Any:
         if "=" in argument:
             key, _, text = argument.partition("=")
             _check_key(key, config, argument)
-            layer = OmegaConf.from_dotlist([argument])
-            if ".fields." in key and text.startswith("{"):  # a template, not a YAML mapping
-                OmegaConf.update(layer, key, text)
+            layer = _override(key, text, config)
         else:
             layer = _load(argument)
             for key in _leaves(layer):
@@ -203,7 +202,51 @@ def parse(schema: type, arguments: list[str]) -> Any:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"missing {', '.join(missing)}; give {missing[0]}=…")
-    return OmegaConf.to_object(config)
+    cfg = OmegaConf.to_object(config)
+    _check_ranges(cfg)
+    return cfg
+
+
+def _override(key: str, text: str, config: DictConfig) -> DictConfig:
+    """The config that `key=text` means. What is to be a string is taken as it stands, a prompt or
+    a template with braces, colons or dollars too; anything else is YAML, as in a file."""
+    parent, _, leaf = key.rpartition(".")
+    section = OmegaConf.select(config, parent) if parent else config
+    literal = parent.endswith("fields") and not text.startswith("[")
+    if literal or isinstance(section._get_node(leaf), StringNode) and text != "null":
+        layer = OmegaConf.create({})
+        OmegaConf.update(layer, key, text.replace("${", "\\${"))
+        return layer
+    try:
+        return OmegaConf.from_dotlist([f"{key}={text}"])
+    except yaml.YAMLError:
+        raise ConfigError(f"{key}={text}: {text} is no value in YAML") from None
+
+
+_AT_LEAST_ONE = (
+    "microbatch_tokens", "save_every", "keep", "length", "max_length", "batch_size", "max_prompt",
+    "minibatch_size", "steps", "ppo_epochs", "max_new", "rows_at_once", "ptx_length",
+)  # fmt: skip
+_WITHIN = {"validation": (0, 0.9), "gamma": (0, 1), "lam": (0, 1), "dropout": (0, 0.9)}
+_POSITIVE = ("epochs", "clip_range", "value_clip_range", "ptx_ratio", "scale")
+_NOT_NEGATIVE = ("temperature", "kl_coef", "ptx_coef")
+
+
+def _check_ranges(cfg: Any, prefix: str = "") -> None:
+    for name, value in vars(cfg).items():
+        if is_dataclass(value):
+            _check_ranges(value, f"{prefix}{name}.")
+        elif name in _AT_LEAST_ONE and value < 1:
+            raise ConfigError(f"{prefix}{name} is {value}; it must be at least 1")
+        elif name in _WITHIN and not _WITHIN[name][0] <= value <= _WITHIN[name][1]:
+            low, high = _WITHIN[name]
+            raise ConfigError(f"{prefix}{name} is {value}; it must be in [{low}, {high}]")
+        elif name in _POSITIVE and not value > 0:
+            raise ConfigError(f"{prefix}{name} is {value}; it must be positive")
+        elif name in _NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"{prefix}{name} is {value}; it must not be negative")
+        elif name == "kl_estimator" and value not in ("k1", "k2", "k3", "abs"):
+            raise ConfigError(f"{prefix}{name} is {value}; it must be k1, k2, k3 or abs")
 
 
 def as_yaml(config: Any) -> str:

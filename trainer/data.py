@@ -17,9 +17,7 @@ from pathlib import Path
 from reprlib import repr as short  # a value in a message: at most a few dozen characters
 from typing import Any, NamedTuple
 
-from tetrad.trainer.tokenizer import ByteTokenizer as ByteTokenizer
 from tetrad.trainer.tokenizer import Prompt, Tokenizer
-from tetrad.trainer.tokenizer import load_tokenizer as load_tokenizer
 
 log = logging.getLogger("tetrad")
 
@@ -44,7 +42,7 @@ class DataError(ValueError):
 
 def read(
     kind: str,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None,
     *,
     fields: Mapping[str, Any] | None = None,
     split: str = "train",
@@ -75,6 +73,8 @@ def read(
     """
     if kind not in REQUIRED:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(REQUIRED)}")
+    if path is None:
+        raise ValueError(f"the path of the {kind} is missing")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1")
     fields = fields or {}

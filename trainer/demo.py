@@ -32,7 +32,6 @@ SAMPLING = config.Sampling(max_new=32)
 LENGTH = 256  # tokens of a pretraining sequence: about two documents
 MODEL = config.Model(num_layers=4, hidden_size=128, num_heads=4, max_length=LENGTH)
 SIZES = {"documents": 11000, "demonstrations": 2400, "prompts": 4000, "compared": 1000}
-POLICIES = ("base", "sft", "ppo", "ppo_ptx")
 
 
 def demo(cfg: config.Demo) -> dict:
@@ -117,7 +116,7 @@ def _write_data(folder: Path, cfg: config.Demo) -> dict[str, str]:
 
 def _policy(cfg: config.Demo, topology: Topology, name: str) -> Engine:
     source = config.Model(init=str(Path(cfg.out) / name))
-    return build_role(cfg, topology, "language", source)
+    return build_role(cfg, topology, "language", source, MODEL.tokenizer)
 
 
 def _answers(policy: Engine, tasks: list[world.Task], seed: int) -> tuple[list[str], Episodes]:
@@ -154,7 +153,7 @@ def _graded(cfg: config.Demo, topology: Topology, files: dict[str, str]) -> dict
     answers: dict[str, list[str]] = {}
     kl, loss = {}, {}
     sft_policy = _policy(cfg, topology, "sft")
-    for name in POLICIES:
+    for name in report.POLICIES:
         policy = _policy(cfg, topology, name)
         answers[name], episodes = _answers(policy, tasks, cfg.seed)
         gold[name] = [world.judge(t, a) for t, a in zip(tasks, answers[name])]
@@ -164,13 +163,18 @@ def _graded(cfg: config.Demo, topology: Topology, files: dict[str, str]) -> dict
     if dist.get_rank() == 0:
         rows = [
             {"prompt": t.prompt, "kind": t.kind, "answer": t.answer}
-            | {name: {"response": answers[name][i], "gold": gold[name][i]} for name in POLICIES}
+            | {
+                name: {"response": answers[name][i], "gold": gold[name][i]}
+                for name in report.POLICIES
+            }
             for i, t in enumerate(tasks)
         ]
         write_jsonl(Path(cfg.out) / "answers.jsonl", rows)
     return {
         "gold": {name: sum(g) / len(g) for name, g in gold.items()},
-        "win_rate_vs_sft": {n: win_rate(gold[n], gold["sft"]) for n in POLICIES if n != "sft"},
+        "win_rate_vs_sft": {
+            n: win_rate(gold[n], gold["sft"]) for n in report.POLICIES if n != "sft"
+        },
         "kl": kl,
         "pretrain_loss": loss,
     }

@@ -6,33 +6,40 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tetrad.parallel.engine import Engine
-from tetrad.parallel.packed import Batch, pack
+from tetrad.parallel.packed import Batch, pack_text
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text, write_jsonl
-from tetrad.trainer.loop import build_role, start, tokenizer_of
+from tetrad.trainer.loop import Source, build_role, source_of, start
 from tetrad.trainer.metrics import write_summary
 from tetrad.trainer.rollout import Episodes, rollout
 from tetrad.trainer.sft import mean_loss
+from tetrad.trainer.tokenizer import Tokenizer
 
 
 def evaluate(cfg: config.Evaluate) -> dict[str, float]:
     """Whatever the config gives data for; the summary (losses and KL in nats)."""
     if not (cfg.text.path or cfg.prompts.path):
         raise ValueError("nothing to evaluate on: give text.path, or prompts.path with reward")
-    if cfg.prompts.path and not cfg.reward:
-        raise ValueError("prompts.path needs reward: the reward model that scores the answers")
+    if bool(cfg.prompts.path) != bool(cfg.reward):
+        raise ValueError("prompts.path and reward go together: the answers and what scores them")
+    if cfg.baseline and not cfg.prompts.path:
+        raise ValueError("baseline needs prompts.path and reward")
     topology = start(cfg)
-    source = config.Model(init=cfg.model)
-    _, tokenizer = tokenizer_of(source)
-    model = build_role(cfg, topology, "language", source)
+    source = source_of(config.Model(init=cfg.model))
+
+    def role(head: str, init: str) -> Engine:
+        return build_role(cfg, topology, head, config.Model(init=init), source.tokenizer_name)
+
+    model = role("language", cfg.model)
     summary: dict[str, float] = {}
     if cfg.text.path:
-        summary["loss"] = mean_loss(model, text_batch(cfg.text, tokenizer, cfg.length))
-    if cfg.prompts.path:
-        reward = build_role(cfg, topology, "scalar", config.Model(init=cfg.reward))
-        rows = read("prompts", **vars(cfg.prompts))
-        prompts = tokenize_prompts(rows, tokenizer, cfg.max_prompt)
-        episodes = rollout(model, prompts, cfg.sampling, tokenizer.eos_id, seed=(cfg.seed,))
+        length = source.fits(cfg.length, "length")
+        summary["loss"] = mean_loss(model, text_batch(cfg.text, source.tokenizer, length))
+    if cfg.prompts.path and cfg.reward:
+        prompts = _prompts(cfg, source, read("prompts", **vars(cfg.prompts)))
+        eos_id, seed = source.tokenizer.eos_id, (cfg.seed,)
+        episodes = rollout(model, prompts, cfg.sampling, eos_id, seed)
+        reward = role("scalar", cfg.reward)
         scores = reward.scores(episodes.batch)
         summary |= {
             "score": float(scores.mean()),
@@ -40,8 +47,8 @@ def evaluate(cfg: config.Evaluate) -> dict[str, float]:
             "ended": float(episodes.ended.float().mean()),
         }
         if cfg.baseline:
-            baseline = build_role(cfg, topology, "language", config.Model(init=cfg.baseline))
-            others = rollout(baseline, prompts, cfg.sampling, tokenizer.eos_id, seed=(cfg.seed,))
+            baseline = role("language", cfg.baseline)
+            others = rollout(baseline, prompts, cfg.sampling, eos_id, seed)
             theirs = reward.scores(others.batch)
             summary["win_rate"] = win_rate(scores.tolist(), theirs.tolist())
             summary["kl"] = sampled_kl(model, baseline, episodes, cfg.sampling.temperature)
@@ -54,30 +61,38 @@ def generate(cfg: config.Generate) -> list[str]:
     if (cfg.prompt is None) == (cfg.prompts.path is None):
         raise ValueError("give either prompt, or prompts.path")
     topology = start(cfg)
-    source = config.Model(init=cfg.model)
-    _, tokenizer = tokenizer_of(source)
-    rows = [{"prompt": cfg.prompt}] if cfg.prompt else read("prompts", **vars(cfg.prompts))
-    model = build_role(cfg, topology, "language", source)
-    prompts = tokenize_prompts(rows, tokenizer, cfg.max_prompt)
-    episodes = rollout(model, prompts, cfg.sampling, tokenizer.eos_id, seed=(cfg.seed,))
+    init = config.Model(init=cfg.model)
+    source = source_of(init)
+    given = cfg.prompt is not None
+    rows = [{"prompt": cfg.prompt}] if given else read("prompts", **vars(cfg.prompts))
+    model = build_role(cfg, topology, "language", init, source.tokenizer_name)
+    prompts = _prompts(cfg, source, rows)
+    episodes = rollout(model, prompts, cfg.sampling, source.tokenizer.eos_id, (cfg.seed,))
     logprobs = episodes.batch.per_token["sampled_logprobs"][episodes.batch.response_mask]
     pieces = logprobs.split([len(r) for r in episodes.responses])
-    texts = [tokenizer.decode(r) for r in episodes.responses]
+    texts = [source.tokenizer.decode(r) for r in episodes.responses]
     if dist.get_rank() == 0:
         answers = [
-            {"prompt": tokenizer.decode(p), "response": t, "logprobs": lp.tolist()}
+            {"prompt": source.tokenizer.decode(p), "response": t, "logprobs": lp.tolist()}
             for p, t, lp in zip(prompts, texts, pieces)
         ]
         write_jsonl(Path(cfg.out) / "generations.jsonl", answers)
         for answer in answers:
             print(json.dumps(answer["prompt"]), "->", json.dumps(answer["response"]))
+    ended = float(episodes.ended.float().mean())
+    write_summary(Path(cfg.out), {"responses": len(texts), "ended": ended})
     return texts
 
 
-def text_batch(data: config.Data, tokenizer, length: int) -> Batch:
+def _prompts(cfg: config.Evaluate | config.Generate, source: Source, rows) -> list[list[int]]:
+    room = source.fits(cfg.sampling.max_new + 1, "sampling.max_new + 1")
+    length = min(cfg.max_prompt, source.max_length + 1 - room)
+    return tokenize_prompts(rows, source.tokenizer, length)
+
+
+def text_batch(data: config.Data, tokenizer: Tokenizer, length: int) -> Batch:
     """A text file as sequences of `length` tokens, all of which count."""
-    blocks = tokenize_text(read("text", **vars(data)), tokenizer, length)
-    return pack([[]] * len(blocks), blocks)
+    return pack_text(tokenize_text(read("text", **vars(data)), tokenizer, length))
 
 
 def win_rate(ours: list[float], theirs: list[float]) -> float:

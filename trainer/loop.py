@@ -2,8 +2,10 @@
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,53 +14,80 @@ import torch.distributed as dist
 import yaml
 
 from tetrad.parallel import checkpoint
+from tetrad.parallel.checkpoint import write_text
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build
 from tetrad.parallel.optimizer import Optimizer
 from tetrad.parallel.settings import Schedule
 from tetrad.parallel.topology import Topology, generator, initialize, seed_dropout
 from tetrad.trainer import config
-from tetrad.trainer.metrics import Metrics, write_text
+from tetrad.trainer.metrics import Metrics
 from tetrad.trainer.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger("tetrad")
 
 
 def start(cfg: config.Run) -> Topology:
-    """Join the other processes and open the run's folder."""
+    """Join the other processes; refuse an `out` that holds something else than this run."""
     topology = initialize(cfg.parallel.tp, cfg.parallel.pp)
     out = Path(cfg.out)
+    trained = checkpoint.latest(out / "checkpoints") is not None
     if isinstance(cfg, config.Training):
+        if trained and cfg.resume:
+            _check_same_run(cfg, out)
+    elif trained:
+        raise ValueError(f"{out} holds a training run; choose another out")
+    elif isinstance(cfg, config.Demo) and (out / "config.yaml").exists():
         _check_same_run(cfg, out)
-    dist.barrier()  # all have read before one writes
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.yaml", config.as_yaml(cfg))
-    dist.barrier()
+    dist.barrier()  # all have looked before one writes
+    if not isinstance(cfg, config.Training):
+        write_config(cfg)
     return topology
 
 
-def _check_same_run(cfg: config.Training, out: Path) -> None:
+def write_config(cfg: config.Run) -> None:
+    """OUT/config.yaml, as the command line would read it."""
+    if dist.get_rank() == 0:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        write_text(Path(cfg.out) / "config.yaml", config.as_yaml(cfg))
+    dist.barrier()
+
+
+def _check_same_run(cfg: config.Run, out: Path) -> None:
     """Refuse to continue another run: its steps would be taken for this one's."""
-    if not cfg.resume or checkpoint.latest(out / "checkpoints") is None:
-        return
-    free = ("parallel", "save_every", "keep", "resume", "out", "stop_after")
+    free = ("save_every", "keep", "resume", "out", "stop_after")
     old = yaml.safe_load((out / "config.yaml").read_text())
     new = yaml.safe_load(config.as_yaml(cfg))
+    for settings in (old, new):  # the layout may change, the arithmetic may not
+        settings["parallel"] = settings["parallel"]["precision"]
     for key in new:
         if key not in free and old.get(key) != new[key]:
-            raise ValueError(
-                f"{out} holds a run with another {key}; choose another out, "
-                f"or resume=false to start it afresh"
-            )
+            advice = ", or resume=false to start it afresh" if "resume" in new else ""
+            raise ValueError(f"{out} holds a run with another {key}; choose another out{advice}")
 
 
-def tokenizer_of(cfg: config.Model) -> tuple[str, Tokenizer]:
-    """The tokenizer of the checkpoint that a model starts from, or the configured one."""
-    name = cfg.tokenizer
-    if cfg.init:
-        name = checkpoint.read_model(checkpoint.find(cfg.init))[1]["tokenizer"]
-    return name, load_tokenizer(name)
+@dataclass(frozen=True)
+class Source:
+    """What a model brings along: its tokenizer, and how long a sequence it takes."""
+
+    tokenizer_name: str
+    tokenizer: Tokenizer
+    max_length: int  # tokens
+
+    def fits(self, length: int, name: str) -> int:
+        """`length`, when sequences of so many tokens fit the model."""
+        if length > self.max_length:
+            raise ValueError(f"{name} {length} exceeds the model's max_length {self.max_length}")
+        return length
+
+
+def source_of(model: config.Model) -> Source:
+    """Of the checkpoint that a model starts from, or as configured for a fresh one."""
+    if not model.init:
+        return Source(model.tokenizer, load_tokenizer(model.tokenizer), model.max_length)
+    architecture, description = checkpoint.read_model(checkpoint.find(model.init))
+    name = description["tokenizer"]
+    return Source(name, load_tokenizer(name), architecture.max_length)
 
 
 def build_role(
@@ -66,18 +95,28 @@ def build_role(
     topology: Topology,
     head: str,
     model: config.Model,
+    tokenizer: str,
     *,
+    new_head: bool = False,
     schedule: Schedule | None = None,
     steps: int = 1,
     dropout: float = 0.0,
 ) -> Engine:
     """A model with a "language" or "scalar" head, from its checkpoint or fresh; with a schedule it
-    can be trained for so many steps."""
-    folder = checkpoint.find(model.init) if model.init else None
+    can be trained for so many steps. new_head: a scalar model may start from a language model.
+
+    Raises ValueError when the checkpoint has another head or another tokenizer than asked for.
+    """
+    folder = checkpoint.find(model.init, None if new_head else head) if model.init else None
     if folder:
-        architecture = checkpoint.read_model(folder)[0]
+        architecture, description = checkpoint.read_model(folder)
+        if description["tokenizer"] != tokenizer:
+            raise ValueError(
+                f"{model.init} reads {description['tokenizer']} tokens, "
+                f"the other models of this run {tokenizer} tokens"
+            )
     else:
-        architecture = model.architecture(load_tokenizer(model.tokenizer).vocab_size)
+        architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
     precision = cfg.parallel.precision
     module = build(
         architecture, head, topology, precision=precision, dropout=dropout, seed=cfg.seed
@@ -117,7 +156,7 @@ def batches(n: int, size: int, epochs: float, seed: int) -> tuple[int, Callable[
 
 
 def held_out(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Examples to train on and examples held out (at least one of each when fraction > 0)."""
+    """Examples to train on and examples held out (at least one when fraction > 0 and n > 1)."""
     order = torch.randperm(n, generator=generator(seed, -1)).tolist()
     k = min(max(1, round(fraction * n)), n - 1) if fraction > 0 else 0
     return sorted(order[k:]), sorted(order[:k])
@@ -131,23 +170,33 @@ def train(
     *,
     name: str,
     tokenizer: str,
+    examples: int,
     shown: tuple[str, ...],
 ) -> bool:
     """Take steps 0 … steps - 1, from where the latest checkpoint of this run stands.
 
-    `step(i)` trains and returns what to log. Returns whether the run is complete.
+    `step(i)` trains and returns what to log. Returns whether the run is complete. Raises ValueError
+    when the checkpoint belongs to data with another number of examples.
     """
     out = Path(cfg.out)
     folder = out / "checkpoints"
     first = 0
-    if not cfg.resume:
-        _forget(folder)
-    newest = checkpoint.latest(folder)
+    newest = checkpoint.latest(folder) if cfg.resume else None
     if newest:
-        first = checkpoint.read_state(newest)["step"]
+        state = checkpoint.read_state(newest)
+        first = state["step"]
+        if state["examples"] != examples:
+            raise ValueError(
+                f"{out} was begun on {state['examples']} examples, now there are {examples}; "
+                f"choose another out, or resume=false to start it afresh"
+            )
         for role, engine in engines.items():
             checkpoint.load(engine, newest / role)
-        _say(f"{name}: continuing {out} at step {first} of {steps}")
+        if dist.get_rank() == 0:
+            log.info(f"{name}: continuing {out} at step {first} of {steps}")
+    elif dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_config(cfg)
     last = steps if cfg.stop_after is None else min(steps, first + cfg.stop_after)
     metrics = Metrics(out, name, first, steps, shown)
     for i in range(first, last):
@@ -156,17 +205,7 @@ def train(
         values = step(i)
         metrics.log(i, {**values, "seconds": time.perf_counter() - began})
         if i + 1 == last or (i + 1) % cfg.save_every == 0:
-            checkpoint.save(folder, i + 1, engines, {"model": {"tokenizer": tokenizer}}, cfg.keep)
+            state = {"model": {"tokenizer": tokenizer}, "examples": examples}
+            checkpoint.save(folder, i + 1, engines, state, cfg.keep)
     metrics.close()
     return last == steps
-
-
-def _forget(folder: Path) -> None:
-    if dist.get_rank() == 0:
-        (folder / "latest").unlink(missing_ok=True)
-    dist.barrier()
-
-
-def _say(message: str) -> None:
-    if dist.get_rank() == 0:
-        log.info(message)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from tetrad.parallel.checkpoint import write_text
 
 
 class Metrics:
@@ -38,7 +39,7 @@ class Metrics:
         """Report step `step` (from 0)."""
         if not self.on:
             return
-        row = {"step": step, **{k: _plain(v) for k, v in values.items()}}
+        row = _plain({"step": step, **values})
         self.file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
@@ -55,7 +56,7 @@ class Metrics:
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
     """OUT/summary.json, from rank 0."""
     if dist.get_rank() == 0:
-        write_text(out / "summary.json", json.dumps(summary, indent=1, default=_plain) + "\n")
+        write_text(out / "summary.json", json.dumps(_plain(summary), indent=1) + "\n")
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:
@@ -63,14 +64,10 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.writing")
-    draft.write_text(text)
-    os.replace(draft, path)
-
-
-def _plain(value: float) -> float | str:
+def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity; they are kept as words."""
-    value = float(value)
-    return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

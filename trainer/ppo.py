@@ -15,12 +15,12 @@ from tetrad.kernels.advantages import ppo_advantages
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
 from tetrad.kernels.reference import PPOAdvantages
 from tetrad.parallel.engine import Engine, Loss
-from tetrad.parallel.packed import Batch, pack
+from tetrad.parallel.packed import Batch, pack_text
 from tetrad.parallel.topology import generator
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
-from tetrad.trainer.loop import batches, build_role, start, tokenizer_of, train
-from tetrad.trainer.metrics import write_summary
+from tetrad.trainer.loop import Source, batches, build_role, source_of, start, train
+from tetrad.trainer.metrics import read_metrics, write_summary
 from tetrad.trainer.rollout import Episodes, rollout
 from tetrad.trainer.sft import language_loss
 
@@ -162,18 +162,24 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
     topology = start(cfg)
     if cfg.model.init is None:
         raise ValueError("model.init is missing: the policy that PPO starts from (an SFT run)")
-    name, tokenizer = tokenizer_of(cfg.model)
     if cfg.batch_size % cfg.minibatch_size:
         raise ValueError(
             f"minibatch_size {cfg.minibatch_size} does not divide batch_size {cfg.batch_size}"
         )
+    if cfg.sampling.temperature == 0:
+        raise ValueError("sampling.temperature is 0; PPO needs samples of the policy")
+    source = source_of(cfg.model)
+    room = source.fits(cfg.sampling.max_new + 1, "sampling.max_new + 1")
     rows = read("prompts", **vars(cfg.prompts))
-    prompts = tokenize_prompts(rows, tokenizer, cfg.max_prompt)
+    length = min(cfg.max_prompt, source.max_length + 1 - room)
+    prompts = tokenize_prompts(rows, source.tokenizer, length)
     _, chosen = batches(len(prompts), cfg.batch_size, math.inf, cfg.seed)
-    text = _pretraining_text(cfg, tokenizer) if cfg.ptx_coef else None
+    text = _pretraining_text(cfg, source) if cfg.ptx_coef else None
 
     def role(head: str, init: str, **training) -> Engine:
-        return build_role(cfg, topology, head, config.Model(init=init), **training)
+        return build_role(
+            cfg, topology, head, config.Model(init=init), source.tokenizer_name, **training
+        )
 
     updates = cfg.steps * cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
     roles = Roles(
@@ -185,39 +191,29 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
         reward=role("scalar", cfg.reward),
     )
 
-    last: dict[str, float] = {}
-
     def step(i: int) -> dict[str, float]:
         batch = [prompts[j] for j in chosen(i)]
-        last.update(iteration(roles, batch, text, cfg, tokenizer.eos_id, i))
-        return last
+        return iteration(roles, batch, text, cfg, source.tokenizer.eos_id, i)
 
     complete = train(
-        cfg,
-        {"policy": roles.policy, "critic": roles.critic},
-        cfg.steps,
-        step,
-        name="ppo-ptx" if text else "ppo",
-        tokenizer=name,
-        shown=("score", "kl", "reward", "policy/clip_fraction"),
-    )
+        cfg, {"policy": roles.policy, "critic": roles.critic}, cfg.steps, step,
+        name="ppo-ptx" if text else "ppo", tokenizer=source.tokenizer_name,
+        examples=len(prompts), shown=("score", "kl", "reward", "policy/clip_fraction"),
+    )  # fmt: skip
+    last = read_metrics(Path(cfg.out))[-1]
     summary: dict[str, float] = {
         "complete": complete,
         "steps": cfg.steps,
         "episodes": cfg.steps * cfg.batch_size,
+        **{name: last[name] for name in ("score", "kl", "reward")},
     }
-    summary |= {name: last[name] for name in ("score", "kl", "reward") if name in last}
     write_summary(Path(cfg.out), summary)
     return summary
 
 
-def _pretraining_text(cfg: config.PPO, tokenizer) -> Text:
-    blocks = tokenize_text(read("text", **vars(cfg.text)), tokenizer, cfg.ptx_length)
+def _pretraining_text(cfg: config.PPO, source: Source) -> Text:
+    length = source.fits(cfg.ptx_length, "ptx_length")
+    blocks = tokenize_text(read("text", **vars(cfg.text)), source.tokenizer, length)
     size = max(1, round(cfg.ptx_ratio * cfg.minibatch_size))
     _, chosen = batches(len(blocks), size, math.inf, cfg.seed)
-
-    def text(k: int) -> Batch:
-        drawn = [blocks[j] for j in chosen(k)]
-        return pack([[]] * len(drawn), drawn)
-
-    return text
+    return lambda k: pack_text([blocks[j] for j in chosen(k)])

@@ -19,26 +19,27 @@ from tetrad.trainer.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from tetrad.trainer.loop import batches, build_role, held_out, start, tokenizer_of, train
+from tetrad.trainer.loop import batches, build_role, held_out, source_of, start, train
 from tetrad.trainer.metrics import write_summary
 
 
 def rm(cfg: config.RM) -> dict[str, float]:
     """Train on comparisons; the summary (accuracy: agreement with the labelers on pairs)."""
     topology = start(cfg)
-    name, tokenizer = tokenizer_of(cfg.model)
+    source = source_of(cfg.model)
+    length = min(cfg.max_length, source.max_length)
     rows = read("comparisons", **vars(cfg.data))
-    comparisons = tokenize_comparisons(rows, tokenizer, cfg.max_length)
+    comparisons = tokenize_comparisons(rows, source.tokenizer, length)
     training, validation = held_out(len(comparisons), cfg.validation, cfg.seed)
     steps, chosen = batches(len(training), cfg.batch_size, cfg.epochs, cfg.seed)
     model = build_role(
-        cfg, topology, "scalar", cfg.model,
+        cfg, topology, "scalar", cfg.model, source.tokenizer_name, new_head=True,
         schedule=cfg.schedule, steps=steps, dropout=cfg.dropout,
     )  # fmt: skip
     demonstrations = None
     if cfg.demonstrations.path:
         rows = read("demonstrations", **vars(cfg.demonstrations))
-        good = tokenize_demonstrations(rows, tokenizer, cfg.max_length)
+        good = tokenize_demonstrations(rows, source.tokenizer, length)
         demonstrations = pack([d.prompt for d in good], [d.response for d in good])
 
     def step(i: int) -> dict[str, float]:
@@ -57,8 +58,8 @@ def rm(cfg: config.RM) -> dict[str, float]:
         return stats | {"tokens": len(batch.tokens)}
 
     complete = train(
-        cfg, {"reward": model}, steps, step,
-        name="rm", tokenizer=name, shown=("loss", "accuracy"),
+        cfg, {"reward": model}, steps, step, name="rm", tokenizer=source.tokenizer_name,
+        examples=len(comparisons), shown=("loss", "accuracy"),
     )  # fmt: skip
     summary: dict[str, float] = {"complete": complete, "steps": steps, "prompts": len(training)}
     if validation:

@@ -75,6 +75,17 @@ def test_the_newest_are_kept(tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000002", "step_000003"]
 
 
+def early(folder):
+    checkpoint.save(folder, 1, {"policy": tiny_engine("language", 1, 1)}, {}, keep=2)
+
+
+def test_a_checkpoint_just_written_is_never_pruned(tmp_path) -> None:
+    run_world(1, several, tmp_path)
+    run_world(1, early, tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_000001"
+    assert (tmp_path / "step_000001" / "policy" / "model.json").exists()
+
+
 def trunk(folder, tp, pp):
     topology = initialize(tp, pp)
     source = checkpoint.find(str(folder))
@@ -99,3 +110,8 @@ def test_a_reward_model_starts_from_a_language_model(tmp_path) -> None:
 def test_what_is_not_there_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path}"):
         checkpoint.find(str(tmp_path))
+    run_world(1, several, tmp_path)
+    found = checkpoint.find(str(tmp_path), "language")
+    assert checkpoint.find(str(found), "language") == found
+    with pytest.raises(ValueError, match="no model with a scalar head"):
+        checkpoint.find(str(tmp_path), "scalar")

@@ -146,3 +146,14 @@ def test_architecture_refuses_what_cannot_be_built() -> None:
         Architecture(vocab_size=257, num_layers=1, hidden_size=32, num_heads=3, max_length=8)
     with pytest.raises(ValueError, match="family is 'bert'"):
         Architecture(257, 1, 32, 4, 8, family="bert")
+
+
+def poisoned():
+    engine = tiny_engine("language", 1, 1)
+    engine.accumulate_logprobs(ragged_batch(), lambda x, part: (x.sum() * torch.nan, {}))
+    with pytest.raises(FloatingPointError, match="gradient norm is nan"):
+        engine.step()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    run_world(1, poisoned)

@@ -9,8 +9,6 @@ def test_pack_marks_responses_and_never_a_first_token() -> None:
     assert batch.tokens.tolist() == [1, 2, 4, 5, 6, 3]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 6]
     assert batch.response_mask.tolist() == [False, False, True, False, True, False]
-    assert [r.tolist() for r in batch.responses()] == [[4], [6], []]
-    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_select_takes_whole_groups_with_their_fields() -> None:
@@ -32,6 +30,7 @@ def test_share_gives_every_group_once_within_the_budget(n_ranks, budget) -> None
     assert len(shares) == n_ranks
     assert sorted(g for share in shares for piece in share for g in piece) == list(range(5))
     for piece in (piece for share in shares for piece in share):
-        assert sum(lengths[g] for g in piece) <= budget or len(piece) == 1
+        # attention lays a piece out as sequences x longest
+        assert len(piece) * max(lengths[g] for g in piece) <= budget or len(piece) == 1
     loads = [sum(lengths[g] for piece in share for g in piece) for share in shares]
     assert max(loads) - min(loads) <= max(lengths)

@@ -25,6 +25,27 @@ def test_later_arguments_win_over_the_file_and_the_file_over_defaults(tmp_path) 
     assert cfg.data == config.Data(path="y", fields={"prompt": "{q}", "response": "{a}"})
 
 
+@pytest.mark.parametrize("text", ["find: hen plum", "[hi", "${oops}", "0x10", "{a} {b}", "a=b", ""])
+def test_text_is_taken_as_it_stands(text) -> None:
+    arguments = ["out=x", "model=m", f"prompt={text}", f"prompts.fields.prompt=Q: {text}"]
+    cfg = config.parse(config.Generate, arguments)
+    assert cfg.prompt == text and cfg.prompts.fields["prompt"] == f"Q: {text}"
+    fields = ["data.fields.responses=['{a}', '{b}']", "data.fields.ranks=[1, 2]"]
+    cfg = config.parse(config.RM, ["out=x", *fields])
+    assert cfg.data.fields == {"responses": ["{a}", "{b}"], "ranks": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["minibatch_size=0", "save_every=0", "keep=0", "kl_estimator=k9", "clip_range=-1", "gamma=2",
+     "ppo_epochs=0", "sampling.rows_at_once=-1", "ptx_ratio=0", "sampling.temperature=-1"],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_at_the_door(argument) -> None:
+    start = argument.replace("=", " is ")
+    said = refusal(config.PPO, "out=x", "reward=r", argument)
+    assert said.startswith(start) and "it must" in said
+
+
 def test_the_written_config_reads_back_the_same(tmp_path) -> None:
     cfg = config.parse(config.PPO, ["out=x", "reward=r", "ptx_coef=27.8", "no_eos_score=-1"])
     file = tmp_path / "config.yaml"

@@ -1,11 +1,18 @@
 """SFT, reward model and PPO as whole runs: the same in every layout, resumable, exact at lr 0."""
 
 import math
+import re
 import shutil
 
 import pytest
 
-from tests.trainer.stages import TINY, metrics, run, summary, write_world
+from tests.forked_world import run_world
+from tests.trainer.stages import TINY, metrics, run, stage, summary, write_world
+from tetrad.parallel.packed import pack
+from tetrad.parallel.topology import initialize
+from tetrad.trainer import config, data
+from tetrad.trainer.loop import build_role
+from tetrad.trainer.tokenizer import ByteTokenizer
 
 STEPS = 20
 LAYOUTS = [(2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)]  # ranks, tp, pp
@@ -17,6 +24,7 @@ def runs(tmp_path_factory):
     """A folder with data, and an SFT and a reward-model run of one rank to start from."""
     folder = tmp_path_factory.mktemp("runs")
     write_world(folder)
+    run("pretrain", *arguments("pretrain", folder, folder / "pretrain"))
     run("sft", *arguments("sft", folder, folder / "sft"))
     run("rm", *arguments("rm", folder, folder / "rm"))
     run("ppo", *arguments("ppo", folder, folder / "ppo"))
@@ -26,6 +34,8 @@ def runs(tmp_path_factory):
 def arguments(command, folder, out, *more) -> list[str]:
     """Twenty steps of each stage on the tiny data."""
     data = {
+        "pretrain": [f"text.path={folder}/text.jsonl", *TINY, "batch_size=8", "length=64"]
+        + ["epochs=0.8"],
         "sft": [f"data.path={folder}/demonstrations.jsonl", *TINY, "batch_size=8", "epochs=4.2"]
         + ["max_length=128", "validation=0.05", "dropout=0"],
         "rm": [f"data.path={folder}/comparisons.jsonl", f"model.init={folder}/sft", "batch_size=8"]
@@ -40,6 +50,7 @@ def arguments(command, folder, out, *more) -> list[str]:
 
 
 LOSSES = {
+    "pretrain": ["loss", "grad_norm"],
     "sft": ["loss", "grad_norm"],
     "rm": ["loss", "grad_norm"],
     "ppo": ["policy/loss", "critic/loss", "ptx/loss", "score", "kl", "reward"],
@@ -83,14 +94,15 @@ def test_another_config_is_not_continued(runs, tmp_path) -> None:
 
 
 def test_training_learns(runs) -> None:
-    for command, name in (("sft", "loss"), ("rm", "loss")):
-        losses = [row[name] for row in metrics(runs / command)]
+    for command in ("pretrain", "sft", "rm"):
+        losses = [row["loss"] for row in metrics(runs / command)]
         assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
-    assert abs(summary(runs / "rm")["heldout_accuracy"]) <= 1
+    accuracy = [row["accuracy"] for row in metrics(runs / "rm")]
+    assert sum(accuracy[-4:]) / 4 > 0.6
 
 
 def test_at_lr_zero_the_ratio_is_one_and_the_kl_zero(runs, tmp_path) -> None:
-    frozen = ["schedule.lr=0", "critic_schedule.lr=0", "ptx_coef=0"]
+    frozen = ["schedule.lr=0", "critic_schedule.lr=0", "ptx_coef=0", "sampling.temperature=0.7"]
     rows = run("ppo", *arguments("ppo", runs, tmp_path / "run", *frozen, "steps=2"))
     for row in rows:
         assert row["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
@@ -111,17 +123,64 @@ def test_every_iteration_starts_on_policy(runs) -> None:
 
 def test_a_response_without_eos_can_have_a_fixed_score(runs, tmp_path) -> None:
     fixed = ["no_eos_score=-1", "sampling.max_new=1", "steps=1"]
+    # one token, and a model that has learned to begin its answers with a letter: no eos
     (row,) = run("ppo", *arguments("ppo", runs, tmp_path / "run", *fixed))
-    assert row["ended"] < 1 and row["score"] < 0
-    if row["ended"] == 0:
-        assert row["score"] == -1
+    assert row["ended"] == 0 and row["score"] == -1
+
+
+def demonstrations_score(runs):
+    cfg = config.parse(config.RM, arguments("rm", runs, runs / "rm"))
+    topology = initialize()
+    model = build_role(cfg, topology, "scalar", config.Model(init=str(runs / "rm")), "bytes")
+    rows = data.read("demonstrations", f"{runs}/demonstrations.jsonl")
+    good = data.tokenize_demonstrations(rows, ByteTokenizer(), 128)
+    return float(model.scores(pack([d.prompt for d in good], [d.response for d in good])).mean())
+
+
+def test_demonstrations_score_zero_on_average(runs) -> None:
+    assert run_world(1, demonstrations_score, runs)[0] == pytest.approx(0, abs=1e-4)
+    assert metrics(runs / "rm")[-1]["bias_shift"] != 0
+
+
+@pytest.mark.parametrize(
+    "command, slip, message",
+    [
+        ("ppo", "reward={runs}/sft", "no model with a scalar head in"),
+        ("ppo", "model.init={runs}/rm", "no model with a language head in"),
+        ("ppo", "ptx_length=500", "ptx_length 500 exceeds the model's max_length 128"),
+        ("ppo", "sampling.max_new=128", "sampling.max_new + 1 129 exceeds"),
+        ("ppo", "sampling.temperature=0", "sampling.temperature is 0"),
+        ("ppo", "minibatch_size=3", "minibatch_size 3 does not divide batch_size 8"),
+        ("pretrain", "length=500", "length 500 exceeds the model's max_length 128"),
+        ("sft", "data.path=null", "the path of the demonstrations is missing"),
+    ],
+)
+def test_slips_are_refused(command, slip, message, runs, tmp_path) -> None:
+    with pytest.raises(AssertionError, match=re.escape(message)):
+        run(command, *arguments(command, runs, tmp_path / "run", slip.format(runs=runs)))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_grown_data_is_not_mistaken_for_the_same_run(runs, tmp_path) -> None:
+    out, grown = tmp_path / "run", tmp_path / "demonstrations.jsonl"
+    shutil.copy(runs / "demonstrations.jsonl", grown)
+    run("sft", *arguments("sft", runs, out, f"data.path={grown}", "stop_after=3"))
+    with grown.open("a") as file:
+        file.write('{"prompt": "a\\n", "response": "b"}\n')
+    with pytest.raises(AssertionError, match="was begun on 40 examples, now there are 41"):
+        run("sft", *arguments("sft", runs, out, f"data.path={grown}"))
+
+
+def test_reading_commands_leave_a_training_run_alone(runs) -> None:
+    before = (runs / "sft" / "config.yaml").read_text()
+    with pytest.raises(AssertionError, match="holds a training run"):
+        run_world(1, stage, "generate", [f"out={runs}/sft", f"model={runs}/sft", "prompt=a"])
+    assert (runs / "sft" / "config.yaml").read_text() == before
 
 
 def test_generate_and_evaluate(runs, tmp_path, capfd) -> None:
     prompts = f"prompts.path={runs}/prompts.jsonl"
     run("sft", *arguments("sft", runs, tmp_path / "other", "seed=1", "stop_after=1"))
-    from tests.forked_world import run_world
-    from tests.trainer.stages import stage
 
     out = tmp_path / "answers"
     run_world(

@@ -1,0 +1,93 @@
+"""One iteration of PPO-ptx by hand: models that say what they are told, two one-line episodes."""
+
+import pytest
+import torch
+
+from tests.forked_world import run_world
+from tetrad.parallel.generate import Samples
+from tetrad.parallel.packed import pack_text
+from tetrad.trainer import config, ppo, rollout
+
+OLD = torch.tensor([-1.0, -2.0, -0.5])  # log-probs of the three response tokens
+REF = torch.tensor([-1.5, -1.0, -0.5])
+VALUES = torch.tensor([0.1, 0.2, 0.3])
+SCORES = torch.tensor([1.0, -1.0])
+MASK = torch.tensor([0, 1, 1, 0, 0, 1]).bool()  # prompts of one and two tokens
+
+
+class Told:
+    """An engine whose answers are given; it keeps the gradients of the losses it is handed."""
+
+    def __init__(self, per_token=None, scores=None) -> None:
+        self.per_token, self.told_scores = per_token, scores
+        self.gradients, self.temperatures, self.steps = [], [], 0
+
+    def _spread(self, batch) -> torch.Tensor:
+        counted = batch.per_token.get("place", torch.arange(3))
+        return torch.zeros(len(batch.tokens)).masked_scatter(
+            batch.response_mask, self.per_token[counted]
+        )
+
+    def logprobs(self, batch, temperature):
+        self.temperatures.append(temperature)
+        return self._spread(batch)
+
+    def values(self, batch):
+        return self._spread(batch)
+
+    def scores(self, batch):
+        return self.told_scores
+
+    def accumulate_logprobs(self, batch, loss, temperature=1.0):
+        if batch.response_mask.sum() == 3:
+            x = self._spread(batch).requires_grad_()
+        else:
+            x = torch.full((len(batch.tokens),), -1.0, requires_grad=True)
+        value, stats = loss(x, batch)
+        (gradient,) = torch.autograd.grad(value, x)
+        self.gradients.append(gradient[batch.response_mask])
+        return {"loss": float(value), **{k: float(v) for k, v in stats.items()}}
+
+    accumulate_values = accumulate_logprobs
+
+    def step(self):
+        self.steps += 1
+        return {"grad_norm": 0.0, "lr": 0.0}
+
+
+def iterate(monkeypatch_text):
+    samples = Samples([[7, 8], [9]], [OLD[:2], OLD[2:]], [True, False])
+    rollout.generate = lambda *args, **kwargs: samples
+    ppo.minibatches = lambda batch, cfg, i: [(0, batch)]
+    roles = ppo.Roles(Told(OLD), Told(REF), Told(VALUES), Told(scores=SCORES))
+    cfg = config.PPO(
+        out="", reward="", batch_size=2, minibatch_size=2, kl_coef=0.1, gamma=1.0, lam=0.5,
+        no_eos_score=-3.0, ptx_coef=2.0, sampling=config.Sampling(temperature=0.7),
+    )  # fmt: skip
+    text = (lambda k: pack_text([[1, 2, 3, 4, 5]])) if monkeypatch_text else None
+    log = ppo.iteration(roles, [[1], [2, 3]], text, cfg, 9, 0)
+    p, c = roles.policy, roles.critic
+    return log, p.gradients, c.gradients, p.temperatures, p.steps, c.steps
+
+
+def test_an_iteration_by_hand() -> None:
+    log, policy, critic, temperatures, *steps = run_world(1, iterate, True)[0]
+    # KL by k1: 0.5, -1, 0; the second response did not end: its score is -3
+    rewards = torch.tensor([-0.1 * 0.5, 0.1 * 1 + 1.0, -3.0])
+    second = rewards[1] - 0.2
+    first = rewards[0] + 0.2 - 0.1 + 0.5 * second
+    advantages = torch.stack([first, second, rewards[2] - 0.3])
+    white = (advantages - advantages.mean()) / advantages.std(unbiased=False)
+    torch.testing.assert_close(policy[0], -white / 3)  # at ratio 1 the gradient is -A / n
+    torch.testing.assert_close(policy[1], torch.full((4,), -2.0 / 4))  # ptx: same buffer, no step
+    returns = advantages + VALUES
+    torch.testing.assert_close(critic[0], (VALUES - returns) / 3)
+    assert log["reward"] == pytest.approx(float(rewards.sum()) / 2)
+    assert log["kl"] == pytest.approx((0.5 - 1) / 2) and log["score"] == pytest.approx(-1)
+    assert log["ended"] == 0.5 and log["sampling_mismatch_max"] == pytest.approx(0, abs=1e-6)
+    assert temperatures == [0.7] and steps == [1, 1]
+
+
+def test_without_text_there_is_no_pretraining_gradient() -> None:
+    log, policy, *_ = run_world(1, iterate, False)[0]
+    assert len(policy) == 1 and "ptx/loss" not in log
