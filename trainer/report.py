@@ -156,7 +156,8 @@ def _overview(figure: "Figure", run: Run) -> None:
     """For a README: one prompt with its answers, the gold scores, and the course of PPO."""
     widths = (1.05, 0.9, 1)
     left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=widths)[0]
-    _sample(left.subplots(), run.answers[0])
+    spoken = (row for row in run.answers if row["base"]["response"].strip())
+    _sample(left.subplots(), next(spoken, run.answers[0]))  # the first with words by the base
     _gold_bars(middle.subplots(), run)
     _course(right, run)
 

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,17 @@ def test_every_recipe_fits_its_command(recipe) -> None:
     name = next(c for c in COMMAND_OF if c in recipe.removesuffix(".yaml").split("_"))
     schema = getattr(config, cli.COMMANDS[name][1])
     config.parse(schema, [recipe, "out=x", *(["reward=r"] if name == "ppo" else [])])
+
+
+def readme_commands() -> list[str]:
+    text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.startswith("tetrad ")]
+
+
+@pytest.mark.parametrize("line", readme_commands())
+def test_the_commands_of_the_readme_fit(line) -> None:
+    _, command, *arguments = shlex.split(line)
+    config.parse(getattr(config, cli.COMMANDS[command][1]), arguments)
 
 
 @pytest.mark.parametrize(
