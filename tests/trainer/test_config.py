@@ -87,7 +87,8 @@ def test_every_recipe_fits_its_command(recipe) -> None:
 
 def readme_commands() -> list[str]:
     text = (Path(__file__).parents[2] / "README.md").read_text().replace("\\\n", " ")
-    return [line for line in text.splitlines() if line.startswith("tetrad ")]
+    blocks = text.split("```")[1::2]
+    return [line for b in blocks for line in b.splitlines() if line.startswith("tetrad ")]
 
 
 @pytest.mark.parametrize("line", readme_commands())
