@@ -84,7 +84,7 @@ def iteration(
 
 def clipped_policy_loss(minibatch: Batch, clip_range: float) -> Loss:
     """`policy_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
-    n = minibatch.response_mask.sum().clamp(min=1)
+    n = max(1, int(minibatch.response_mask.sum()))
 
     def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         old, advantages = part.per_token["old_logprobs"], part.per_token["advantages"]
@@ -97,7 +97,7 @@ def clipped_policy_loss(minibatch: Batch, clip_range: float) -> Loss:
 
 def clipped_value_loss(minibatch: Batch, clip_range: float) -> Loss:
     """`value_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
-    n = minibatch.response_mask.sum().clamp(min=1)
+    n = max(1, int(minibatch.response_mask.sum()))
 
     def loss(values: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         old, returns = part.per_token["old_values"], part.per_token["returns"]

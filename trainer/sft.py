@@ -69,7 +69,7 @@ def _fit(
 
 def language_loss(batch: Batch, weight: float = 1.0) -> Loss:
     """weight times the mean negative log-prob of the batch's counted tokens, for the engine."""
-    n = batch.response_mask.sum().clamp(min=1)
+    n = max(1, int(batch.response_mask.sum()))
 
     def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         nats = -logprobs.sum() / n
