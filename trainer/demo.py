@@ -5,6 +5,8 @@ of answering it; then the same `pretrain`, `sft`, `rm` and `ppo` that a cluster 
 assistant of it. The gold judge labels comparisons and grades held-out answers; no model sees it.
 """
 
+import json
+import logging
 import random
 import time
 from pathlib import Path
@@ -27,6 +29,8 @@ from tetrad.trainer.rollout import Episodes, rollout
 from tetrad.trainer.sft import mean_loss, pretrain, sft
 from tetrad.trainer.tokenizer import ByteTokenizer
 
+log = logging.getLogger("tetrad")
+
 TOKENIZER = ByteTokenizer()
 SAMPLING = config.Sampling(max_new=32)
 LENGTH = 256  # tokens of a pretraining sequence: about two documents
@@ -39,6 +43,7 @@ def demo(cfg: config.Demo) -> dict:
     began = time.perf_counter()
     topology = start(cfg)
     out = Path(cfg.out)
+    log.info(f"demo: writing the miniature world to {out / 'data'}")
     files = _write_data(out / "data", cfg)
     common: dict[str, Any] = {"seed": cfg.seed, "parallel": cfg.parallel, "save_every": 1000}
 
@@ -88,7 +93,8 @@ def demo(cfg: config.Demo) -> dict:
     }
     write_summary(out, summary)
     if dist.get_rank() == 0:
-        report.write(out)
+        log.info(f"demo: {json.dumps({k: summary[k] for k in ('gold', 'win_rate_vs_sft')})}")
+        log.info(f"demo: report in {report.write(out)}")
     dist.barrier()
     return summary
 
@@ -130,6 +136,7 @@ def _collect_comparisons(cfg: config.Demo, topology: Topology, path: str) -> Non
     rng = random.Random(f"comparisons {cfg.seed}")
     tasks = world.tasks(max(60, round(SIZES["compared"] * cfg.scale)), cfg.seed + 2, "train")
     repeated = [task for task in tasks for _ in range(rng.randint(4, 9))]
+    log.info(f"demo: the SFT model writes {len(repeated)} answers for the labeler to rank")
     answers, _ = _answers(_policy(cfg, topology, "sft"), repeated, cfg.seed)
     groups: dict[str, list[str]] = {}
     for task, answer in zip(repeated, answers):
@@ -154,6 +161,7 @@ def _graded(cfg: config.Demo, topology: Topology, files: dict[str, str]) -> dict
     kl, loss = {}, {}
     sft_policy = _policy(cfg, topology, "sft")
     for name in report.POLICIES:
+        log.info(f"demo: the judge grades {name} on {len(tasks)} held-out prompts")
         policy = _policy(cfg, topology, name)
         answers[name], episodes = _answers(policy, tasks, cfg.seed)
         gold[name] = [world.judge(t, a) for t, a in zip(tasks, answers[name])]
