@@ -35,7 +35,7 @@ def arguments(command, folder, out, *more) -> list[str]:
     """Twenty steps of each stage on the tiny data."""
     data = {
         "pretrain": [f"text.path={folder}/text.jsonl", *TINY, "batch_size=8", "length=64"]
-        + ["epochs=0.6"],
+        + ["epochs=0.6", "schedule.warmup_steps=0"],
         "sft": [f"data.path={folder}/demonstrations.jsonl", *TINY, "batch_size=8", "epochs=4.2"]
         + ["max_length=128", "validation=0.05", "dropout=0"],
         "rm": [f"data.path={folder}/comparisons.jsonl", f"model.init={folder}/sft", "batch_size=8"]
