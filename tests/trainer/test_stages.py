@@ -66,7 +66,12 @@ def test_twenty_steps_are_the_same_in_every_layout(command, ranks, tp, pp, runs,
     assert len(rows) == len(expected) == STEPS
     for ours, one in zip(rows, expected):
         for name in LOSSES[command]:
-            assert ours[name] == pytest.approx(one[name], abs=1e-4, rel=1e-4), (ours["step"], name)
+            # Adam turns the rounding of tiny gradients into whole steps: norms drift before losses
+            close = 1e-3 if name == "grad_norm" else 1e-4
+            assert ours[name] == pytest.approx(one[name], abs=close, rel=close), (
+                ours["step"],
+                name,
+            )
 
 
 @pytest.mark.parametrize("command", LOSSES)
