@@ -69,9 +69,9 @@ class Batch:
         )
 
     def share(self, n_ranks: int, budget: int) -> list[list[list[int]]]:
-        """For each rank, its micro-batches as lists of groups: about `budget` tokens each (a group
-        longer than that is a micro-batch of its own), the ranks loaded as evenly as lengths allow.
-        """
+        """For each rank, its micro-batches as lists of groups: sequences x longest is at most
+        `budget` tokens (a group beyond it is a micro-batch of its own), and the ranks are loaded as
+        evenly as lengths allow."""
         sizes = self.cu_seqlens[self.cu_groups].diff().tolist()
         loads = [0] * n_ranks
         owned: list[list[int]] = [[] for _ in range(n_ranks)]

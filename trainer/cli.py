@@ -55,7 +55,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
     where, schema, _ = COMMANDS[command]
     if arguments and arguments[0] in ("-h", "--help"):
-        print(config.described(getattr(config, schema)))
+        print(config.as_yaml(getattr(config, schema)))
         return
     cfg = config.parse(getattr(config, schema), arguments)
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR

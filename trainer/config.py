@@ -23,7 +23,7 @@ class Parallel:
     tp: int = 1  # tensor parallel ranks
     pp: int = 1  # pipeline stages; what remains of the processes is data parallel
     precision: str = "fp32"  # "fp32" or "bf16" (with fp32 main weights)
-    microbatch_tokens: int = 16384  # tokens of a micro-batch on one rank
+    microbatch_tokens: int = 16384  # of a micro-batch on one rank: sequences x the longest
 
 
 @dataclass
@@ -250,7 +250,7 @@ def _check_ranges(cfg: Any, prefix: str = "") -> None:
 
 
 def as_yaml(config: Any) -> str:
-    """The resolved config, as `parse` would read it."""
+    """A config, or a schema with its defaults, as `parse` would read it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -290,8 +290,3 @@ def _check_key(key: str, config: DictConfig, argument: str) -> None:
         raise ConfigError(f"{argument}: {key} is a section; set one of its keys, {key}.…")
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)
     raise ConfigError(f"{argument}: unknown key {key}; the nearest is {near[0]}")
-
-
-def described(schema: type) -> str:
-    """The keys of a command with their defaults, as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(schema))

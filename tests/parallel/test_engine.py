@@ -116,7 +116,7 @@ def test_bf16_follows_fp32_within_its_precision() -> None:
         assert losses == pytest.approx(exact, rel=0.01)
 
 
-def refused(tp, pp, **shape):
+def refused(tp, pp, shape):
     with pytest.raises(ValueError) as error:
         tiny_engine("language", tp, pp, **shape)
     return str(error.value)
@@ -133,12 +133,8 @@ def refused(tp, pp, **shape):
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(world, tp, pp, shape, message) -> None:
-    for said in run_world(world, refuse, tp, pp, shape):
+    for said in run_world(world, refused, tp, pp, shape):
         assert message in said
-
-
-def refuse(tp, pp, shape):
-    return refused(tp, pp, **shape)
 
 
 def test_architecture_refuses_what_cannot_be_built() -> None:
