@@ -20,7 +20,8 @@ Launches: gae 1, whiten 2, ppo_advantages 2 (3 with whiten_rewards); over a proc
 each time something is whitened, and one collective of 3 numbers a rank. No host sync.
 Bytes per token with fp32 inputs and a bool mask: gae 17, whiten 14, ppo_advantages 29 (13 read and
 16 written, the floor of four outputs), 38 with whiten_advantages, 47 with whiten_rewards too; and
-12 for each of the partial moments in each program that whitens.
+12 for each of the partial moments in each program that whitens, and 4 per sequence for a gamma or
+lam of its own.
 Meaning: `reference.gae`, `reference.whiten`, `reference.ppo_advantages`.
 """
 
@@ -31,16 +32,24 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
-from tetrad.kernels.kl import _kl, _real_dtype
-from tetrad.kernels.launch import runs_kernel
+from tetrad.kernels.kl import kl_estimate
+from tetrad.kernels.launch import (
+    all_gather,
+    group_name,
+    number_or_tensor,
+    op,
+    programs,
+    real_dtype,
+    refuse_gradients,
+    runs_kernel,
+)
 from tetrad.kernels.reference import PPOAdvantages
 
-MAX_PROGRAMS = 1024  # that leave partial moments: every program that whitens reads them all
 MAX_BLOCK = 1024  # tokens of one scan: 8 a thread, whose four scanned numbers stay in registers
 
 
 @triton.jit
-def _bounds(row, cu_ptr, length, n):
+def row_bounds(row, cu_ptr, length, n):
     """First token of a row and the one after its last: packed, or `length` tokens a row."""
     row = tl.cast(row, tl.int64)  # row * length can pass 2**31
     if cu_ptr is None:
@@ -123,7 +132,7 @@ def _moments(
 
 
 @triton.jit
-def _whiten(
+def _normalise(
     x_ptr,  # (n,) float
     mask_ptr,  # (n,)
     parts_ptr,  # (parts, 3) fp32
@@ -151,7 +160,7 @@ def _shaped(logprobs_ptr, ref_ptr, at, inside, valid, score, last, kl_coef, ESTI
     """KL and reward of a block of tokens; `last` is where the score goes."""
     logprobs = tl.load(logprobs_ptr + at, mask=inside, other=0).to(REAL)
     ref = tl.load(ref_ptr + at, mask=inside, other=0).to(REAL)
-    kl = tl.where(valid, _kl(logprobs - ref, ESTIMATOR), 0)
+    kl = tl.where(valid, kl_estimate(logprobs - ref, ESTIMATOR), 0)
     return kl, tl.where(at == last, score - kl_coef * kl, -kl_coef * kl)
 
 
@@ -177,7 +186,7 @@ def _rewards(
     kl_coef = tl.cast(kl_coef, REAL)
     count, mean, squares = tl.cast(0.0, REAL), tl.cast(0.0, REAL), tl.cast(0.0, REAL)
     for row in range(program, rows, tl.num_programs(0)):
-        start, end = _bounds(row, cu_ptr, length, n)
+        start, end = row_bounds(row, cu_ptr, length, n)
         score = tl.load(scores_ptr + row).to(REAL)
         last = tl.cast(-1, tl.int64)
         blocks = tl.cdiv(end - start, BLOCK)
@@ -219,7 +228,15 @@ def _scan(rewards, values, counts, inflow, gamma, lam, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gae(
+def _of_row(number, numbers_ptr, row, REAL):
+    """What holds for a row: the number, or its own one."""
+    if numbers_ptr is not None:
+        number = tl.load(numbers_ptr + row)
+    return tl.cast(number, REAL)
+
+
+@triton.jit
+def _recursion(
     rewards_ptr,  # (n,): in, unless logprobs are given; out, if they are or if rewards are whitened
     scores_ptr,  # (rows,) float, with logprobs
     logprobs_ptr,  # (n,) float, or None
@@ -229,6 +246,8 @@ def _gae(
     mask_ptr,  # (n,)
     cu_ptr,  # (rows + 1,) int, or None when every row has `length` tokens
     bootstrap_ptr,  # (rows,) float, or None
+    gamma_ptr,  # (rows,) float, in the place of gamma; or None
+    lam_ptr,  # (rows,) float, in the place of lam; or None
     reward_parts_ptr,  # (reward_parts, 3) fp32, or None when rewards are not whitened
     advantages_ptr,  # (n,) fp32, out
     returns_ptr,  # (n,) fp32, out
@@ -248,15 +267,17 @@ def _gae(
 ):
     REAL: tl.constexpr = advantages_ptr.dtype.element_ty
     program = tl.program_id(0)
-    kl_coef, gamma, lam = tl.cast(kl_coef, REAL), tl.cast(gamma, REAL), tl.cast(lam, REAL)
+    kl_coef = tl.cast(kl_coef, REAL)
     count, mean, squares = tl.cast(0.0, REAL), tl.cast(0.0, REAL), tl.cast(0.0, REAL)
     if reward_parts_ptr is not None:
         shift, scale = _mean_and_scale(reward_parts_ptr, reward_parts, eps, False, REWARD_PARTS)
     for row in range(program, rows, tl.num_programs(0)):
-        start, end = _bounds(row, cu_ptr, length, n)
+        start, end = row_bounds(row, cu_ptr, length, n)
+        discount = _of_row(gamma, gamma_ptr, row, REAL)
+        trace = _of_row(lam, lam_ptr, row, REAL)
         inflow = tl.cast(0.0, REAL)
         if bootstrap_ptr is not None:
-            inflow = gamma * tl.load(bootstrap_ptr + row).to(REAL)
+            inflow = discount * tl.load(bootstrap_ptr + row).to(REAL)
         last = tl.cast(-1, tl.int64)
         blocks = tl.cdiv(end - start, BLOCK)
         for i in range(0, blocks):
@@ -282,7 +303,7 @@ def _gae(
                 counts = at <= last
             else:
                 counts = valid
-            advantages, inflow = _scan(rewards, values, counts, inflow, gamma, lam, BLOCK)
+            advantages, inflow = _scan(rewards, values, counts, inflow, discount, trace, BLOCK)
             advantages = tl.where(valid, advantages, 0)
             tl.store(advantages_ptr + at, advantages, mask=inside)
             tl.store(returns_ptr + at, advantages + values, mask=inside)
@@ -294,50 +315,61 @@ def _gae(
         tl.store(parts_ptr + 3 * program + 2, squares)
 
 
-def _refuse_gradients(**tensors: Tensor | None) -> None:
-    """Say so, rather than cut the graph silently."""
-    for name, x in tensors.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
-            raise ValueError(f"{name} requires grad, and is a constant here: detach it")
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """How many there are, and the tokens of one scan: MAX_BLOCK, or what holds a short row."""
+    if cu_seqlens is not None:
+        return len(cu_seqlens) - 1, MAX_BLOCK
+    S, T = mask.shape
+    return S, min(max(triton.next_power_of_2(T), 128), MAX_BLOCK)
 
 
-def _programs(units: int) -> tuple[int]:
-    """Grid of the kernels that leave partial moments: one program at least, which writes zeros."""
-    return (max(1, min(units, MAX_PROGRAMS)),)
-
-
-def _block(length: int) -> int:
-    """Tokens of one block, when rows have `length` of them: a power of two up to MAX_BLOCK."""
-    return min(max(triton.next_power_of_2(length), 128), MAX_BLOCK)
-
-
-def _over_group(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _over_group(parts: Tensor, group: str | None) -> Tensor:
     """Partial moments of the whole: ours (programs, 3), or one of each rank (ranks, 3)."""
     if group is None:
         return parts
     moments = parts.new_empty(3)
     _join[(1,)](parts, moments, len(parts), PARTS=triton.next_power_of_2(len(parts)))
-    ranks = parts.new_empty(3 * dist.get_world_size(group))
-    dist.all_gather_into_tensor(ranks, moments, group=group)
-    return ranks.view(-1, 3)
+    return all_gather(moments, group)
 
 
-def _whitened(
+def _write_white(
     x: Tensor, mask: Tensor, parts: Tensor, white: Tensor, shift_mean: bool, unbiased: bool,
     eps: float,
-) -> Tensor:  # fmt: skip
-    """Write x, whitened by the moments of its parts, into `white`, which may be x itself."""
+) -> None:  # fmt: skip
+    """x, whitened by the moments of its parts, into `white`, which may be x itself."""
     n = x.numel()
     if n:
-        _whiten[(triton.cdiv(n, MAX_BLOCK),)](
-            x, mask, parts, white, n, len(parts), float(eps), SHIFT_MEAN=shift_mean,
+        _normalise[(triton.cdiv(n, MAX_BLOCK),)](
+            x, mask, parts, white, n, len(parts), eps, SHIFT_MEAN=shift_mean,
             UNBIASED=unbiased, PARTS=triton.next_power_of_2(len(parts)), BLOCK=MAX_BLOCK,
         )  # fmt: skip
-    return white
+
+
+def _gae_outputs(rewards: Tensor, values: Tensor, mask: Tensor, *_) -> tuple[Tensor, Tensor]:
+    real = real_dtype(rewards, values)
+    return mask.new_empty(mask.shape, dtype=real), mask.new_empty(mask.shape, dtype=real)
+
+
+@op(_gae_outputs)
+def _gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None, gamma: float, gammas: Tensor | None, lam: float, lams: Tensor | None,
+    mask_mode: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    advantages, returns = _gae_outputs(rewards, values, mask)
+    S, block = _sequences(mask, cu_seqlens)
+    rewards, values, mask = (x.contiguous() for x in (rewards, values, mask))
+    per_sequence = _contiguous(cu_seqlens, bootstrap, gammas, lams)
+    _recursion[programs(S)](
+        rewards, None, None, None, None, values, mask, *per_sequence, None, advantages, returns,
+        None, S, mask.shape[-1], mask.numel(), 0, 0.0, gamma, lam, 0.0, ESTIMATOR="k1",
+        DECAY=mask_mode == "decay", REWARD_PARTS=1, BLOCK=block,
+    )  # fmt: skip
+    return advantages, returns
 
 
 def gae(
@@ -345,8 +377,8 @@ def gae(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     cu_seqlens: Tensor | None = None,
     mask_mode: str = "carry",
     bootstrap: Tensor | None = None,
@@ -356,6 +388,7 @@ def gae(
         delta_t = r_t + gamma * V_{t+1} - V_t        A_t = delta_t + gamma * lam * A_{t+1}
 
     (Schulman et al. 2016, arXiv:1506.02438, equation 16); returns = A + V. fp64 in fp64.
+    gamma, lam: numbers in [0, 1], or tensors (B,) or (S,) of one for each sequence.
     cu_seqlens (S + 1,) int32 or int64: bounds of the packed sequences; on a GPU its content is
     trusted. bootstrap (B,) or (S,): the value after the last valid token of each, default 0.
     mask_mode: a masked step between valid ones (tool output, say) hands V_{t+1} and A_{t+1} on
@@ -364,24 +397,34 @@ def gae(
     Not differentiable: advantages are constants of the loss. Raises ValueError when shapes or
     options do not fit, and when an input requires grad (call it under no_grad, or detach).
     """
-    S = reference._check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
-    _refuse_gradients(rewards=rewards, values=values, bootstrap=bootstrap)
+    reference._check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
+    numbers = (*number_or_tensor(gamma), *number_or_tensor(lam))
+    refuse_gradients(
+        rewards=rewards, values=values, bootstrap=bootstrap, gamma=numbers[1], lam=numbers[3]
+    )
     if not runs_kernel(rewards):
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens,
             mask_mode=mask_mode, bootstrap=bootstrap,
         )  # fmt: skip
-    rewards, values, mask = rewards.contiguous(), values.contiguous(), mask.contiguous()
-    cu_seqlens, bootstrap = _contiguous(cu_seqlens), _contiguous(bootstrap)
-    advantages = torch.empty_like(mask, dtype=_real_dtype(rewards, values))
-    returns = torch.empty_like(advantages)
-    block = MAX_BLOCK if cu_seqlens is not None else _block(mask.shape[1])
-    _gae[_programs(S)](
-        rewards, None, None, None, None, values, mask, cu_seqlens, bootstrap, None, advantages,
-        returns, None, S, mask.shape[-1], mask.numel(), 0, 0.0, float(gamma), float(lam), 0.0,
-        ESTIMATOR="k1", DECAY=mask_mode == "decay", REWARD_PARTS=1, BLOCK=block,
-    )  # fmt: skip
-    return advantages, returns
+    return _gae(rewards, values, mask, cu_seqlens, bootstrap, *numbers, mask_mode)
+
+
+def _white(x: Tensor, *_) -> Tensor:
+    return x.new_empty(x.shape, dtype=real_dtype(x))
+
+
+@op(_white)
+def _whiten(
+    x: Tensor, mask: Tensor, shift_mean: bool, unbiased: bool, eps: float, group: str | None
+) -> Tensor:
+    white = _white(x)
+    x, mask = x.contiguous(), mask.contiguous()
+    grid = programs(triton.cdiv(x.numel(), MAX_BLOCK))
+    parts = white.new_empty(*grid, 3)
+    _moments[grid](x, mask, parts, x.numel(), BLOCK=MAX_BLOCK)
+    _write_white(x, mask, _over_group(parts, group), white, shift_mean, unbiased, eps)
+    return white
 
 
 def whiten(
@@ -400,17 +443,58 @@ def whiten(
     Not differentiable. Raises ValueError when the shapes differ, and when x requires grad.
     """
     reference._same_shape(x=x, mask=mask)
-    _refuse_gradients(x=x)
+    refuse_gradients(x=x)
     if not runs_kernel(x):
         return reference.whiten(
             x, mask, shift_mean=shift_mean, unbiased=unbiased, eps=eps, group=group
         )
-    x, mask = x.contiguous(), mask.contiguous()
-    white = torch.empty_like(x, dtype=_real_dtype(x))
-    grid = _programs(triton.cdiv(x.numel(), MAX_BLOCK))
-    parts = white.new_empty(*grid, 3)
-    _moments[grid](x, mask, parts, x.numel(), BLOCK=MAX_BLOCK)
-    return _whitened(x, mask, _over_group(parts, group), white, shift_mean, unbiased, eps)
+    return _whiten(x, mask, shift_mean, unbiased, float(eps), group_name(group))
+
+
+def _ppo_outputs(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    real = real_dtype(scores, logprobs, ref_logprobs, values)
+    rewards, advantages, returns, kl = (mask.new_empty(mask.shape, dtype=real) for _ in range(4))
+    return rewards, advantages, returns, kl
+
+
+@op(_ppo_outputs)
+def _ppo_advantages(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
+    cu_seqlens: Tensor | None, kl_coef: float, estimator: str, gamma: float, gammas: Tensor | None,
+    lam: float, lams: Tensor | None, whiten_rewards: bool, whiten_advantages: bool, mask_mode: str,
+    group: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _ppo_outputs(scores, logprobs, ref_logprobs, values, mask)
+    rewards, advantages, returns, kl = outputs
+    S, block = _sequences(mask, cu_seqlens)
+    scores, logprobs, ref_logprobs, values, mask = (
+        x.contiguous() for x in (scores, logprobs, ref_logprobs, values, mask)
+    )
+    cu_seqlens, gammas, lams = _contiguous(cu_seqlens, gammas, lams)
+    shape = (S, mask.shape[-1], mask.numel())
+    grid = programs(S)
+    parts = kl.new_empty(*grid, 3)
+    reward_parts, n_reward_parts = None, 1
+    if whiten_rewards:
+        _rewards[grid](
+            scores, logprobs, ref_logprobs, mask, cu_seqlens, kl, rewards, parts, *shape, kl_coef,
+            ESTIMATOR=estimator, BLOCK=block,
+        )  # fmt: skip
+        reward_parts = _over_group(parts, group)
+        n_reward_parts = len(reward_parts)
+        parts = torch.empty_like(parts)
+    _recursion[grid](
+        rewards, scores, None if whiten_rewards else logprobs, ref_logprobs, kl,
+        values, mask, cu_seqlens, None, gammas, lams, reward_parts, advantages, returns,
+        parts if whiten_advantages else None, *shape, n_reward_parts, kl_coef, gamma, lam, 1e-8,
+        ESTIMATOR=estimator, DECAY=mask_mode == "decay",
+        REWARD_PARTS=triton.next_power_of_2(n_reward_parts), BLOCK=block,
+    )  # fmt: skip
+    if whiten_advantages:
+        _write_white(advantages, mask, _over_group(parts, group), advantages, True, False, 1e-8)
+    return outputs
 
 
 def ppo_advantages(
@@ -422,8 +506,8 @@ def ppo_advantages(
     *,
     kl_coef: float,
     estimator: str = "k1",
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     cu_seqlens: Tensor | None = None,
@@ -435,14 +519,19 @@ def ppo_advantages(
     The reward of a token is -kl_coef times its KL estimate (`token_kl`); the score is added at the
     last valid token of its sequence (a sequence without one gets none); then `gae`, then `whiten`
     over all ranks of group. whiten_rewards keeps the mean (lm-human-preferences).
+    gamma, lam, cu_seqlens, mask_mode as in `gae`.
     Returns (rewards, advantages, returns, kl), all fp32 (fp64 in fp64), shaped like the mask and 0
     where it is 0. Not differentiable; errors as in `gae`. All ranks of group must call it, also
     one without a valid token.
     """
-    S = reference._check_ppo_advantages(
+    reference._check_ppo_advantages(
         scores, logprobs, ref_logprobs, values, mask, estimator, gamma, lam, cu_seqlens, mask_mode
     )
-    _refuse_gradients(scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+    numbers = (*number_or_tensor(gamma), *number_or_tensor(lam))
+    refuse_gradients(
+        scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
+        gamma=numbers[1], lam=numbers[3],
+    )  # fmt: skip
     if not runs_kernel(logprobs):
         return reference.ppo_advantages(
             scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
@@ -450,35 +539,9 @@ def ppo_advantages(
             whiten_advantages=whiten_advantages, cu_seqlens=cu_seqlens, mask_mode=mask_mode,
             group=group,
         )  # fmt: skip
-    real = _real_dtype(scores, logprobs, ref_logprobs, values)
-    scores, logprobs, ref_logprobs, values, mask = (
-        x.contiguous() for x in (scores, logprobs, ref_logprobs, values, mask)
-    )
-    cu_seqlens = _contiguous(cu_seqlens)
-    kl = torch.empty_like(mask, dtype=real)
-    rewards, advantages, returns = (torch.empty_like(kl) for _ in range(3))
-    shape = (S, mask.shape[-1], mask.numel())
-    block = MAX_BLOCK if cu_seqlens is not None else _block(mask.shape[1])
-    grid = _programs(S)
-    parts = kl.new_empty(*grid, 3)
-    reward_parts = None
-    if whiten_rewards:
-        _rewards[grid](
-            scores, logprobs, ref_logprobs, mask, cu_seqlens, kl, rewards, parts, *shape,
-            float(kl_coef), ESTIMATOR=estimator, BLOCK=block,
-        )  # fmt: skip
-        reward_parts = _over_group(parts, group)
-        parts = torch.empty_like(parts)
-    n_reward_parts = 1 if reward_parts is None else len(reward_parts)
-    _gae[grid](
-        rewards, scores, None if whiten_rewards else logprobs, ref_logprobs, kl,
-        values, mask, cu_seqlens, None, reward_parts, advantages, returns,
-        parts if whiten_advantages else None, *shape, n_reward_parts,
-        float(kl_coef), float(gamma), float(lam), 1e-8, ESTIMATOR=estimator,
-        DECAY=mask_mode == "decay", REWARD_PARTS=triton.next_power_of_2(n_reward_parts),
-        BLOCK=block,
+    return PPOAdvantages(
+        *_ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask, cu_seqlens, float(kl_coef), estimator,
+            *numbers, whiten_rewards, whiten_advantages, mask_mode, group_name(group),
+        )
     )  # fmt: skip
-    if whiten_advantages:
-        parts = _over_group(parts, group)
-        _whitened(advantages, mask, parts, advantages, True, False, 1e-8)
-    return PPOAdvantages(rewards, advantages, returns, kl)

@@ -8,26 +8,19 @@ reads, one write), 16 or 20 backward. Nothing is saved but the inputs.
 Meaning: `reference.token_kl`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tetrad.kernels import reference
-from tetrad.kernels.launch import runs_kernel
+from tetrad.kernels.launch import op, real_dtype, runs_kernel
 
 BLOCK = 1024  # tokens a program
-_MAX_LOG_RATIO = tl.constexpr(reference.MAX_LOG_RATIO)
-
-
-def _real_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type of the arithmetic: fp64 when any input is, else fp32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+MAX_LOG_RATIO = tl.constexpr(reference.MAX_LOG_RATIO)
 
 
 @triton.jit
-def _expm1_minus(x):
+def expm1_minus(x):
     """exp(x) - 1 - x. Its two leading terms cancel near 0, where the series is exact."""
     series = 1 / 5040 + x * (1 / 40320)
     series = 1 / 120 + x * (1 / 720 + x * series)
@@ -36,15 +29,15 @@ def _expm1_minus(x):
 
 
 @triton.jit
-def _kl(d, ESTIMATOR: tl.constexpr):
+def kl_estimate(d, ESTIMATOR: tl.constexpr):
     """The estimate from d = log p - log q."""
     if ESTIMATOR == "k2":
         d = 0.5 * d * d
     elif ESTIMATOR == "abs":
         d = tl.abs(d)
     elif ESTIMATOR == "k3":
-        x = tl.minimum(-d, _MAX_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
-        d = _expm1_minus(x) + (x + d)  # x + d is 0 below the clamp
+        x = tl.minimum(-d, MAX_LOG_RATIO, propagate_nan=tl.PropagateNan.ALL)
+        d = expm1_minus(x) + (x + d)  # x + d is 0 below the clamp
     return d
 
 
@@ -56,7 +49,7 @@ def _slope(d, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "abs":
         d = (d > 0).to(d.dtype) - (d < 0).to(d.dtype)
     elif ESTIMATOR == "k3":
-        d = tl.where(d < -_MAX_LOG_RATIO, 1.0, d - _expm1_minus(-d))
+        d = tl.where(d < -MAX_LOG_RATIO, 1.0, d - expm1_minus(-d))
     return d
 
 
@@ -73,7 +66,7 @@ def _forward(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     logprobs = tl.load(logprobs_ptr + at, mask=at < n, other=0).to(REAL)
     ref = tl.load(ref_ptr + at, mask=at < n, other=0).to(REAL)
-    tl.store(kl_ptr + at, _kl(logprobs - ref, ESTIMATOR), mask=at < n)
+    tl.store(kl_ptr + at, kl_estimate(logprobs - ref, ESTIMATOR), mask=at < n)
 
 
 @triton.jit
@@ -99,34 +92,61 @@ def _backward(
         tl.store(dref_ptr + at, -gradient, mask=at < n)
 
 
-class _TokenKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-        logprobs, ref_logprobs = logprobs.contiguous(), ref_logprobs.contiguous()
-        kl = torch.empty_like(logprobs, dtype=_real_dtype(logprobs, ref_logprobs))
-        n = kl.numel()
-        if n:
-            grid = (triton.cdiv(n, BLOCK),)
-            _forward[grid](logprobs, ref_logprobs, kl, n, ESTIMATOR=estimator, BLOCK=BLOCK)
-        ctx.save_for_backward(logprobs, ref_logprobs)
-        ctx.estimator = estimator
-        return kl
+def _outputs(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=real_dtype(logprobs, ref_logprobs))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dkl: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        inputs = ctx.saved_tensors
-        dlogprobs, dref = (
-            torch.empty_like(x) if wanted else None
-            for x, wanted in zip(inputs, ctx.needs_input_grad[:2], strict=True)
-        )
-        n = dkl.numel()
-        if n:
-            grid = (triton.cdiv(n, BLOCK),)
-            _backward[grid](
-                dkl.contiguous(), *inputs, dlogprobs, dref, n, ESTIMATOR=ctx.estimator, BLOCK=BLOCK
-            )
-        return dlogprobs, dref, None
+
+@op(_outputs)
+def _token_kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    kl = _outputs(logprobs, ref_logprobs, estimator)
+    n = kl.numel()
+    if n:
+        _forward[(triton.cdiv(n, BLOCK),)](
+            logprobs.contiguous(), ref_logprobs.contiguous(), kl, n, ESTIMATOR=estimator,
+            BLOCK=BLOCK,
+        )  # fmt: skip
+    return kl
+
+
+def _gradients(
+    dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str, wanted: bool,
+    ref_wanted: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        logprobs.new_empty(logprobs.shape if wanted else 0),
+        ref_logprobs.new_empty(ref_logprobs.shape if ref_wanted else 0),
+    )
+
+
+@op(_gradients)
+def _token_kl_backward(
+    dkl: Tensor, logprobs: Tensor, ref_logprobs: Tensor, estimator: str, wanted: bool,
+    ref_wanted: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gradients = _gradients(dkl, logprobs, ref_logprobs, estimator, wanted, ref_wanted)
+    n = dkl.numel()
+    if n:
+        _backward[(triton.cdiv(n, BLOCK),)](
+            dkl.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(),
+            gradients[0] if wanted else None, gradients[1] if ref_wanted else None, n,
+            ESTIMATOR=estimator, BLOCK=BLOCK,
+        )  # fmt: skip
+    return gradients
+
+
+def _setup_context(ctx, inputs: tuple[Tensor, Tensor, str], output: Tensor) -> None:
+    *tensors, ctx.estimator = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx, dkl: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    wanted = ctx.needs_input_grad[:2]
+    gradients = _token_kl_backward(dkl, *ctx.saved_tensors, ctx.estimator, *wanted)
+    dlogprobs, dref = (x if w else None for x, w in zip(gradients, wanted, strict=True))
+    return dlogprobs, dref, None
+
+
+_token_kl.differentiate(_setup_context, _gradient)
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
@@ -142,4 +162,4 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     reference._same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if not runs_kernel(logprobs):
         return reference.token_kl(logprobs, ref_logprobs, estimator=estimator)
-    return _TokenKL.apply(logprobs, ref_logprobs, estimator)
+    return _token_kl(logprobs, ref_logprobs, estimator)

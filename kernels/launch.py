@@ -1,12 +1,19 @@
-"""Where an op runs (Triton on a GPU or interpreted, else the reference) and in what blocks."""
+"""What every op needs: where it can run, in what blocks, and its registration with PyTorch."""
 
+import functools
 import os
+from collections.abc import Callable
 
+import torch
+import torch.distributed as dist
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton does: fixed at import
 MAX_BLOCK = 4096  # columns: 32 per thread of 4 warps; wider blocks spill registers
+MAX_PROGRAMS = 1024  # that leave partial sums: whoever joins them reads them all
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -17,3 +24,98 @@ def runs_kernel(x: Tensor) -> bool:
 def row_block(n_columns: int) -> int:
     """Columns per block, a power of two, for 4 warps that walk rows of `n_columns`."""
     return min(max(triton.next_power_of_2(n_columns), 128), MAX_BLOCK)
+
+
+def programs(units: int) -> tuple[int]:
+    """Grid of the kernels that leave partial sums: one program at least, which writes zeros."""
+    return (max(1, min(units, MAX_PROGRAMS)),)
+
+
+def real_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type of the arithmetic: fp64 when any input is, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """Say so, rather than cut the graph silently."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(f"{name} requires grad, and is a constant here: detach it")
+
+
+def number_or_tensor(x: float | Tensor | None) -> tuple[float, Tensor | None]:
+    """A number, or the tensor in its place, as a registered op takes them; 0 for None."""
+    return (0.0, x) if isinstance(x, Tensor) else (float(x or 0), None)
+
+
+def group_name(group: dist.ProcessGroup | None) -> str | None:
+    """The process group as a registered op can take it."""
+    return None if group is None else group.group_name
+
+
+def _resolved(group: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+
+
+def all_gather(x: Tensor, group: str) -> Tensor:
+    """x of every rank of the group, stacked in the order of the ranks: one collective."""
+    size = _resolved(group).size()
+    ranks = x.new_empty(size * x.numel())
+    dist.all_gather_into_tensor(ranks, x.contiguous().view(-1), group=_resolved(group))
+    return ranks.view(size, *x.shape)
+
+
+def all_reduce(x: Tensor, group: str) -> None:
+    """Sum x over the ranks of the group, in place."""
+    dist.all_reduce(x, group=_resolved(group))
+
+
+class Op:
+    """An op that torch.compile and torch.export see as one node, torch.ops.tetrad.name.
+
+    `outputs` takes the same arguments and allocates the results: PyTorch's fake kernel. The body
+    runs on the device of its first tensor (Triton launches on the current one) and without
+    autocast (its arithmetic is what it says). Called eagerly, it goes around the registration: the
+    dispatcher would cost 60 us of host time a call, several times a small kernel.
+    """
+
+    def __init__(self, function: Callable, outputs: Callable, mutates: tuple[str, ...]) -> None:
+        @functools.wraps(function)
+        def run(*args):
+            x = next(y for y in args if isinstance(y, Tensor))
+            with torch.cuda.device_of(x):
+                if not torch.is_autocast_enabled(x.device.type):
+                    return function(*args)
+                with torch.autocast(x.device.type, enabled=False):
+                    return function(*args)
+
+        self.eager: Callable = run
+        name = f"tetrad::{function.__name__.removeprefix('_')}"
+        self.registered = torch.library.custom_op(name, run, mutates_args=mutates)
+        self.registered.register_fake(outputs)
+
+    def __call__(self, *args):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return self.registered(*args)
+        return self.eager(*args)
+
+    def differentiate(self, setup_context: Callable, gradient: Callable) -> None:
+        """Give it a gradient, by the signatures of torch.library.register_autograd."""
+        self.registered.register_autograd(gradient, setup_context=setup_context)
+        run = self.eager
+
+        class Eager(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                output = run(*args)
+                setup_context(ctx, args, output)
+                return output
+
+            backward: Callable = staticmethod(once_differentiable(gradient))
+
+        self.eager = Eager.apply
+
+
+def op(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Op]:
+    """Decorator: make `_name(tensors and numbers) -> tensors` the Op torch.ops.tetrad.name."""
+    return lambda function: Op(function, outputs, mutates)

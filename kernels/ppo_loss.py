@@ -7,12 +7,14 @@
              loss = max(plain, clipped) / 2,                  dV = share * (V - R)
 
 The gradient of a token is known while its loss is computed, up to one number for the whole batch:
-upstream gradient / normaliser. One launch writes it beside the partial sums of each program, a
-second one adds these up in fixed order (no atomics, the same bits in every run), and backward is
-one multiplication. Where plain == clipped, each takes half of the gradient, as torch.maximum does:
-at ratio 1, where clip passes its gradient on, that is all of it.
+upstream gradient / normaliser. One launch writes it, beside the partial sums of each program; a
+counter of integers tells the program that ends last, and it adds the parts up, always in the same
+order: the same bits in every run. Backward is one multiplication. Where plain == clipped, each
+takes half of the gradient, as torch.maximum does: at ratio 1, where clip passes its gradient on,
+that is all of it.
 Bytes per token with fp32 inputs and a bool mask: 13 read and 4 written forward (a second read of
-the mask for sequence-mean), 8 backward. Saved: the gradient.
+the mask for sequence-mean; none written without a gradient), 8 backward; 48 and a ticket of 8 for
+each program. Saved: the gradient.
 Meaning: `reference.policy_loss`, `reference.value_loss`.
 """
 
@@ -20,15 +22,62 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tetrad.kernels import reference
-from tetrad.kernels.advantages import _bounds, _programs, _refuse_gradients
-from tetrad.kernels.kl import _MAX_LOG_RATIO, _expm1_minus, _real_dtype
-from tetrad.kernels.launch import runs_kernel
+from tetrad.kernels.advantages import row_bounds
+from tetrad.kernels.kl import MAX_LOG_RATIO, expm1_minus
+from tetrad.kernels.launch import (
+    MAX_PROGRAMS,
+    number_or_tensor,
+    op,
+    programs,
+    real_dtype,
+    refuse_gradients,
+    runs_kernel,
+)
 
-BLOCK = 512  # tokens: 4 a thread fill a 128-bit load; 8 would spill the six running sums
+POLICY_STATISTICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
+BLOCK = 512  # tokens: 4 a thread fill a 128-bit load
 ALL = tl.constexpr(tl.PropagateNan.ALL)  # a NaN among valid tokens must reach the loss
+
+
+@triton.jit
+def finish(
+    parts_ptr,  # (1 + STATS + 1, programs) fp32: of the loss, of the statistics, of the weights
+    ticket_ptr,  # () int32, 0 at launch
+    denominator_ptr,  # () number, or None
+    loss_ptr,  # () fp32, out
+    stats_ptr,  # (STATS,) fp32, out
+    scale_ptr,  # () fp32, out: 1 / normaliser
+    denominator,  # 0 means: the sum of the weights
+    STATS: tl.constexpr,
+    LAST_IS_MAX: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """What every program calls once it has stored its parts: the last one adds them all up."""
+    REAL: tl.constexpr = parts_ptr.dtype.element_ty
+    programs = tl.num_programs(0)
+    tl.debug_barrier()  # Triton 3.6 would let the ticket overtake the stores of other warps
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
+        i = tl.arange(0, PROGRAMS)
+        inside = i < programs
+        if denominator_ptr is not None:
+            normaliser = tl.load(denominator_ptr).to(REAL)
+        else:
+            at = parts_ptr + (STATS + 1) * programs + i
+            # L1 is not told of what other multiprocessors wrote: .cg reads L2
+            weights = tl.load(at, mask=inside, other=0, cache_modifier=".cg")
+            normaliser = tl.maximum(tl.sum(weights, 0), 1)
+            normaliser = tl.where(denominator > 0, tl.cast(denominator, REAL), normaliser)
+        tl.store(scale_ptr, 1 / normaliser)
+        for k in tl.static_range(STATS + 1):
+            part = tl.load(parts_ptr + k * programs + i, mask=inside, other=0, cache_modifier=".cg")
+            if k == 0:
+                tl.store(loss_ptr, tl.sum(part, 0) / normaliser)
+            elif LAST_IS_MAX and k == STATS:
+                tl.store(stats_ptr + k - 1, tl.max(part, 0))
+            else:
+                tl.store(stats_ptr + k - 1, tl.sum(part, 0) / normaliser)
 
 
 @triton.jit
@@ -45,6 +94,12 @@ def _weight(mask_ptr, start, end, PER_SEQUENCE: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def _by_fours(x, BLOCK: tl.constexpr):
+    """Sums of the four neighbours that a thread holds: its running sums take a register each."""
+    return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)
+
+
+@triton.jit
 def _part(a, b):
     """How much of the gradient of max(a, b) is a's."""
     return tl.where(a > b, 1.0, tl.where(a == b, 0.5, 0.0))
@@ -58,24 +113,31 @@ def _policy(
     mask_ptr,  # (n,)
     cu_ptr,  # (rows + 1,) int, or None when every row has `length` tokens
     gradient_ptr,  # (n,) fp32, out: d (sum of weighted losses) / d logprobs; or None
-    parts_ptr,  # (6, programs) fp32, out: sums of loss, clipped, k3, ratio; max; sum of weights
+    parts_ptr,  # (6, programs) fp32, scratch: sums of loss, clipped, k3, ratio; max; sum of weights
+    ticket_ptr,  # () int32, 0
+    denominator_ptr,  # () number, in the place of denominator; or None
+    loss_ptr,  # () fp32, out
+    stats_ptr,  # (4,) fp32, out
+    scale_ptr,  # () fp32, out: the gradient's factor, 1 / normaliser
     rows,
     length,
     n,
+    denominator: tl.float64,  # 0: the sum of the weights
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
     DUAL_CLIP: tl.constexpr,
     PER_SEQUENCE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     REAL: tl.constexpr = parts_ptr.dtype.element_ty
     low, high, dual_clip = tl.cast(low, REAL), tl.cast(high, REAL), tl.cast(dual_clip, REAL)
-    zeros = tl.zeros([BLOCK], REAL)
+    zeros = tl.zeros([BLOCK // 4], REAL)
     losses, clips, kl, ratios, top, weights = zeros, zeros, zeros, zeros, zeros, zeros
     program, programs = tl.program_id(0), tl.num_programs(0)
     for row in range(program, rows, programs):
-        start, end = _bounds(row, cu_ptr, length, n)
+        start, end = row_bounds(row, cu_ptr, length, n)
         weight = _weight(mask_ptr, start, end, PER_SEQUENCE, BLOCK, REAL)
         for first in range(start, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
@@ -87,8 +149,8 @@ def _policy(
             A = tl.where(valid, A, 0)
             w = tl.where(valid, weight, 0)
 
-            moves = tl.abs(d) <= _MAX_LOG_RATIO
-            d = tl.clamp(d, -_MAX_LOG_RATIO, _MAX_LOG_RATIO, ALL)
+            moves = tl.abs(d) <= MAX_LOG_RATIO
+            d = tl.clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO, ALL)
             ratio = tl.exp(d)
             within = tl.clamp(ratio, low, high, ALL)
             plain, clipped = -A * ratio, -A * within
@@ -99,14 +161,15 @@ def _policy(
                 share = tl.where(A < 0, share * _part(bound, loss), share)
                 loss = tl.where(A < 0, tl.minimum(loss, bound, ALL), loss)
 
-            losses += w * loss
-            clips += tl.where(clipped > plain, w, 0)
-            kl += w * _expm1_minus(d)
-            ratios += w * ratio
-            top = tl.maximum(top, tl.where(valid, ratio, 0), ALL)
-            weights += w
+            losses += _by_fours(w * loss, BLOCK)
+            clips += _by_fours(tl.where(clipped > plain, w, 0), BLOCK)
+            kl += _by_fours(w * expm1_minus(d), BLOCK)
+            ratios += _by_fours(w * ratio, BLOCK)
+            fours = tl.reshape(tl.where(valid, ratio, 0), [BLOCK // 4, 4])
+            top = tl.maximum(top, tl.max(fours, 1))
+            weights += _by_fours(w, BLOCK)
             if gradient_ptr is not None:
-                gradient = tl.where(valid & moves, w * share * plain, 0)
+                gradient = tl.where(moves, w * share * plain, 0)
                 tl.store(gradient_ptr + at, gradient, mask=inside)
     tl.store(parts_ptr + program, tl.sum(losses, 0))
     tl.store(parts_ptr + programs + program, tl.sum(clips, 0))
@@ -114,6 +177,10 @@ def _policy(
     tl.store(parts_ptr + 3 * programs + program, tl.sum(ratios, 0))
     tl.store(parts_ptr + 4 * programs + program, tl.max(top, 0))
     tl.store(parts_ptr + 5 * programs + program, tl.sum(weights, 0))
+    finish(
+        parts_ptr, ticket_ptr, denominator_ptr, loss_ptr, stats_ptr, scale_ptr, denominator, 4,
+        True, PROGRAMS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -124,21 +191,28 @@ def _value(
     mask_ptr,  # (n,)
     cu_ptr,  # (rows + 1,) int, or None when every row has `length` tokens
     gradient_ptr,  # (n,) fp32, out: d (sum of weighted losses) / d values; or None
-    parts_ptr,  # (6, programs) fp32, out: sums of loss, clipped, V, R, (V - R)^2, weights
+    parts_ptr,  # (6, programs) fp32, scratch: sums of loss, clipped, V, R, (V - R)^2, weights
+    ticket_ptr,  # () int32, 0
+    denominator_ptr,  # () number, in the place of denominator; or None
+    loss_ptr,  # () fp32, out
+    stats_ptr,  # (4,) fp32, out
+    scale_ptr,  # () fp32, out: the gradient's factor, 1 / normaliser
     rows,
     length,
     n,
+    denominator: tl.float64,  # 0: the sum of the weights
     clip_range: tl.float64,
     PER_SEQUENCE: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     REAL: tl.constexpr = parts_ptr.dtype.element_ty
     clip_range = tl.cast(clip_range, REAL)
-    zeros = tl.zeros([BLOCK], REAL)
+    zeros = tl.zeros([BLOCK // 4], REAL)
     losses, clips, values, returns, errors, weights = zeros, zeros, zeros, zeros, zeros, zeros
     program, programs = tl.program_id(0), tl.num_programs(0)
     for row in range(program, rows, programs):
-        start, end = _bounds(row, cu_ptr, length, n)
+        start, end = row_bounds(row, cu_ptr, length, n)
         weight = _weight(mask_ptr, start, end, PER_SEQUENCE, BLOCK, REAL)
         for first in range(start, end, BLOCK):
             at = first + tl.arange(0, BLOCK)
@@ -153,12 +227,12 @@ def _value(
             plain, clipped = (V - R) * (V - R), (within - R) * (within - R)
             share = _part(plain, clipped) + tl.where(within == V, _part(clipped, plain), 0.0)
 
-            losses += w * 0.5 * tl.maximum(plain, clipped, ALL)
-            clips += tl.where(clipped > plain, w, 0)
-            values += w * V
-            returns += w * R
-            errors += w * plain
-            weights += w
+            losses += 0.5 * _by_fours(w * tl.maximum(plain, clipped, ALL), BLOCK)
+            clips += _by_fours(tl.where(clipped > plain, w, 0), BLOCK)
+            values += _by_fours(w * V, BLOCK)
+            returns += _by_fours(w * R, BLOCK)
+            errors += _by_fours(w * plain, BLOCK)
+            weights += _by_fours(w, BLOCK)
             if gradient_ptr is not None:
                 tl.store(gradient_ptr + at, w * share * (V - R), mask=inside)
     tl.store(parts_ptr + program, tl.sum(losses, 0))
@@ -167,93 +241,92 @@ def _value(
     tl.store(parts_ptr + 3 * programs + program, tl.sum(returns, 0))
     tl.store(parts_ptr + 4 * programs + program, tl.sum(errors, 0))
     tl.store(parts_ptr + 5 * programs + program, tl.sum(weights, 0))
-
-
-@triton.jit
-def _finish(
-    parts_ptr,  # (1 + STATS + 1, programs) fp32: of the loss, of the statistics, of the weights
-    denominator_ptr,  # () number, or None
-    loss_ptr,  # () fp32, out
-    stats_ptr,  # (STATS,) fp32, out
-    scale_ptr,  # () fp32, out: 1 / normaliser
-    programs,
-    denominator: tl.float64,  # 0 means: the sum of the weights
-    STATS: tl.constexpr,
-    LAST_IS_MAX: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    REAL: tl.constexpr = parts_ptr.dtype.element_ty
-    i = tl.arange(0, PROGRAMS)
-    inside = i < programs
-    if denominator_ptr is not None:
-        normaliser = tl.load(denominator_ptr).to(REAL)
-    else:
-        weights = tl.load(parts_ptr + (STATS + 1) * programs + i, mask=inside, other=0)
-        normaliser = tl.maximum(tl.sum(weights, 0), 1)
-        normaliser = tl.where(denominator > 0, tl.cast(denominator, REAL), normaliser)
-    tl.store(scale_ptr, 1 / normaliser)
-    tl.store(loss_ptr, tl.sum(tl.load(parts_ptr + i, mask=inside, other=0), 0) / normaliser)
-    for k in tl.static_range(STATS):
-        part = tl.load(parts_ptr + (k + 1) * programs + i, mask=inside, other=0)
-        if LAST_IS_MAX and k == STATS - 1:
-            tl.store(stats_ptr + k, tl.max(part, 0))
-        else:
-            tl.store(stats_ptr + k, tl.sum(part, 0) / normaliser)
-
-
-def _finished(
-    parts: Tensor, denominator: float | Tensor | None, last_is_max: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss (), statistics (STATS,), 1 / normaliser ()) from the partial sums of all programs."""
-    n_stats, programs = parts.shape[0] - 2, parts.shape[1]
-    loss, stats, scale = parts.new_empty(()), parts.new_empty(n_stats), parts.new_empty(())
-    on_device = isinstance(denominator, Tensor)
-    _finish[(1,)](
-        parts, denominator.to(parts.device) if on_device else None, loss, stats, scale, programs,
-        0.0 if on_device or denominator is None else float(denominator), STATS=n_stats,
-        LAST_IS_MAX=last_is_max, PROGRAMS=triton.next_power_of_2(programs),
+    finish(
+        parts_ptr, ticket_ptr, denominator_ptr, loss_ptr, stats_ptr, scale_ptr, denominator, 4,
+        False, PROGRAMS,
     )  # fmt: skip
-    return loss, stats, scale
 
 
-class _ClippedLoss(torch.autograd.Function):
-    """What the two losses share: `kernel` takes x, the constants, the mask and the numbers."""
+def _outputs(
+    x: Tensor, first: Tensor, second: Tensor, wanted: bool, *_
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), statistics (4,), gradient up to a factor (empty unless wanted), that factor ()."""
+    real = real_dtype(x, first, second)
+    shapes = (), (4,), x.shape if wanted else (0,), ()
+    loss, stats, gradient, scale = (x.new_empty(shape, dtype=real) for shape in shapes)
+    return loss, stats, gradient, scale
 
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, constants: tuple[Tensor, Tensor], mask: Tensor, cu_seqlens: Tensor | None,
-        kernel: triton.JITFunction, numbers: dict[str, float | bool], aggregation: str,
-        denominator: float | Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        real = _real_dtype(x, *constants)
-        x, first, second, mask = (y.contiguous() for y in (x, *constants, mask))
-        n = x.numel()
-        per_sequence = aggregation == "sequence-mean"
-        if not per_sequence:
-            cu_seqlens, rows, length = None, triton.cdiv(n, BLOCK), BLOCK
-        elif cu_seqlens is None:
-            rows, length = mask.shape
-        else:
-            cu_seqlens, rows, length = cu_seqlens.contiguous(), len(cu_seqlens) - 1, 0
-        grid = _programs(rows)
-        gradient = torch.empty_like(x, dtype=real) if ctx.needs_input_grad[0] else None
-        parts = torch.empty(6, *grid, dtype=real, device=x.device)
-        kernel[grid](
-            x, first, second, mask, cu_seqlens, gradient, parts, rows, length, n, **numbers,
-            PER_SEQUENCE=per_sequence, BLOCK=BLOCK,
-            maxnreg=96,  # left to itself, ptxas spills to come down to 64
-        )  # fmt: skip
-        loss, stats, scale = _finished(parts, denominator, last_is_max=kernel is _policy)
-        ctx.save_for_backward(gradient, scale)
-        ctx.dtype = x.dtype
-        ctx.mark_non_differentiable(stats)
-        return loss, stats
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss: Tensor, _dstats: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, scale = ctx.saved_tensors
-        return (gradient * (dloss * scale)).to(ctx.dtype), *(None,) * 7
+def _launch(
+    kernel: triton.JITFunction, outputs: tuple[Tensor, Tensor, Tensor, Tensor], x: Tensor,
+    first: Tensor, second: Tensor, wanted: bool, mask: Tensor, cu_seqlens: Tensor | None,
+    denominator: float, denominators: Tensor | None, aggregation: str, **numbers: float | bool,
+) -> None:  # fmt: skip
+    """Fill the outputs. Which numbers there are besides, differs between the two kernels."""
+    loss, stats, gradient, scale = outputs
+    x, first, second, mask = (y.contiguous() for y in (x, first, second, mask))
+    n = x.numel()
+    per_sequence = aggregation == "sequence-mean"
+    if not per_sequence:
+        cu_seqlens, rows, length = None, triton.cdiv(n, BLOCK), BLOCK
+    elif cu_seqlens is None:
+        rows, length = mask.shape
+    else:
+        cu_seqlens, rows, length = cu_seqlens.contiguous(), len(cu_seqlens) - 1, 0
+    grid = programs(rows)
+    kernel[grid](
+        x, first, second, mask, cu_seqlens, gradient if wanted else None,
+        scale.new_empty(6, *grid), scale.new_zeros((), dtype=torch.int32),
+        None if denominators is None else denominators.to(x.device), loss, stats, scale, rows,
+        length, n, denominator, **numbers, PER_SEQUENCE=per_sequence, PROGRAMS=MAX_PROGRAMS,
+        BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ctx.dtype, ctx.constants = inputs[0].dtype, (None,) * (len(inputs) - 1)
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    gradient, scale = ctx.saved_tensors
+    dx = None if dloss is None else (gradient * (dloss * scale)).to(ctx.dtype)
+    return dx, *ctx.constants
+
+
+@op(_outputs)
+def _policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: bool, mask: Tensor,
+    cu_seqlens: Tensor | None, denominator: float, denominators: Tensor | None, aggregation: str,
+    clip_range: float, dual_clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _outputs(logprobs, old_logprobs, advantages, wanted)
+    _launch(
+        _policy, outputs, logprobs, old_logprobs, advantages, wanted, mask, cu_seqlens,
+        denominator, denominators, aggregation, low=1 - clip_range, high=1 + clip_range,
+        dual_clip=dual_clip or 0.0, DUAL_CLIP=dual_clip is not None,
+    )  # fmt: skip
+    return outputs
+
+
+@op(_outputs)
+def _value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, wanted: bool, mask: Tensor,
+    cu_seqlens: Tensor | None, denominator: float, denominators: Tensor | None, aggregation: str,
+    clip_range: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    outputs = _outputs(values, old_values, returns, wanted)
+    _launch(
+        _value, outputs, values, old_values, returns, wanted, mask, cu_seqlens, denominator,
+        denominators, aggregation, clip_range=clip_range,
+    )  # fmt: skip
+    return outputs
+
+
+_policy_loss.differentiate(_setup_context, _gradient)
+_value_loss.differentiate(_setup_context, _gradient)
 
 
 def policy_loss(
@@ -287,24 +360,18 @@ def policy_loss(
         logprobs, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
         cu_seqlens,
     )  # fmt: skip
-    _refuse_gradients(old_logprobs=old_logprobs, advantages=advantages)
+    refuse_gradients(old_logprobs=old_logprobs, advantages=advantages)
     if not runs_kernel(logprobs):
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,
             aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    numbers = {
-        "low": 1.0 - clip_range,
-        "high": 1.0 + clip_range,
-        "dual_clip": float(dual_clip or 0),
-        "DUAL_CLIP": dual_clip is not None,
-    }
-    loss, stats = _ClippedLoss.apply(
-        logprobs, (old_logprobs, advantages), mask, cu_seqlens, _policy, numbers, aggregation,
-        denominator,
+    loss, stats, _, _ = _policy_loss(
+        logprobs, old_logprobs, advantages, torch.is_grad_enabled() and logprobs.requires_grad,
+        mask, cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
+        None if dual_clip is None else float(dual_clip),
     )  # fmt: skip
-    names = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
-    return loss, dict(zip(names, stats, strict=True))
+    return loss, dict(zip(POLICY_STATISTICS, stats, strict=True))
 
 
 def value_loss(
@@ -326,15 +393,15 @@ def value_loss(
     """
     reference._same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     reference._check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
-    _refuse_gradients(old_values=old_values, returns=returns)
+    refuse_gradients(old_values=old_values, returns=returns)
     if not runs_kernel(values):
         return reference.value_loss(
             values, old_values, returns, mask, clip_range=clip_range, aggregation=aggregation,
             denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    loss, stats = _ClippedLoss.apply(
-        values, (old_values, returns), mask, cu_seqlens, _value, {"clip_range": float(clip_range)},
-        aggregation, denominator,
+    loss, stats, _, _ = _value_loss(
+        values, old_values, returns, torch.is_grad_enabled() and values.requires_grad, mask,
+        cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
     )  # fmt: skip
     names = ("clip_fraction", "value_mean", "return_mean", "error")
     return loss, dict(zip(names, stats, strict=True))

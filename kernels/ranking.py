@@ -5,9 +5,10 @@
 
 A program owns prompts. It walks the K x K pairs of a prompt in tiles, first to count the pairs that
 are no ties, then for loss and gradient. A completion gathers its gradient from its row of tiles, as
-winner and as loser: no atomics. A second launch adds up the partial sums of all programs in
-fixed order; backward is one multiplication, as in ppo_loss.
-Bytes: 8 read (again for every 16 completions of the prompt) and 4 written per completion.
+winner and as loser. The last program to finish adds up the partial sums of all, and backward is
+one multiplication, as in ppo_loss.
+Bytes per completion with fp32 scores and int32 ranks: 24 read (again for every further 16
+completions of its prompt) and 4 written.
 Meaning: `reference.ranking_loss`.
 """
 
@@ -15,13 +16,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tetrad.kernels import reference
-from tetrad.kernels.advantages import _programs
-from tetrad.kernels.kl import _real_dtype
-from tetrad.kernels.launch import runs_kernel
-from tetrad.kernels.ppo_loss import _finished
+from tetrad.kernels.launch import (
+    MAX_PROGRAMS,
+    number_or_tensor,
+    op,
+    programs,
+    real_dtype,
+    runs_kernel,
+)
+from tetrad.kernels.logprob import log1p
+from tetrad.kernels.ppo_loss import finish
 
 BLOCK = 16  # completions in the side of a tile: K is 4 to 9 in Ouyang et al. 2022
 
@@ -40,25 +46,32 @@ def _ranking(
     scores_ptr,  # (M,) float
     ranks_ptr,  # (M,)
     cu_ptr,  # (prompts + 1,) int
-    gradient_ptr,  # (M,) fp32, out: d (sum of the prompts' losses) / d scores
-    parts_ptr,  # (3, programs) fp32, out: sums of loss, accuracy, prompts with a comparison
+    gradient_ptr,  # (M,) fp32, out: d (sum of the prompts' losses) / d scores; or None
+    parts_ptr,  # (3, programs) fp32, scratch: sums of loss, accuracy, prompts with a comparison
+    ticket_ptr,  # () int32, 0
+    denominator_ptr,  # () number, in the place of denominator; or None
+    loss_ptr,  # () fp32, out
+    accuracy_ptr,  # () fp32, out
+    scale_ptr,  # () fp32, out: the gradient's factor, 1 / normaliser
     prompts,
+    denominator: tl.float64,  # 0: the number of prompts with a comparison
+    PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     REAL: tl.constexpr = parts_ptr.dtype.element_ty
-    losses, hits = tl.zeros([BLOCK, BLOCK], REAL), tl.zeros([BLOCK, BLOCK], REAL)
+    losses, hits = tl.zeros([BLOCK], REAL), tl.zeros([BLOCK], REAL)
     compared = tl.cast(0.0, REAL)
     program, programs = tl.program_id(0), tl.num_programs(0)
     for prompt in range(program, prompts, programs):
         start = tl.load(cu_ptr + prompt).to(tl.int64)
         end = tl.load(cu_ptr + prompt + 1).to(tl.int64)
-        count = tl.zeros([BLOCK, BLOCK], REAL)
+        count = tl.zeros([BLOCK], REAL)
         for i in range(start, end, BLOCK):
             for j in range(start, end, BLOCK):
                 at, other = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
                 wins, _ = _better(ranks_ptr, at, other, end)
-                count += wins.to(REAL)
-        pairs = tl.sum(tl.sum(count, 1), 0)
+                count += tl.sum(wins.to(REAL), 1)
+        pairs = tl.sum(count, 0)
         weight = 1 / tl.maximum(pairs, 1)
         compared += tl.minimum(pairs, 1)
         for i in range(start, end, BLOCK):
@@ -71,50 +84,66 @@ def _ranking(
                 wins, loses = _better(ranks_ptr, at, other, end)
                 margin = mine[:, None] - theirs[None, :]
                 e = tl.exp(-tl.abs(margin))
-                u = 1 + e  # log1p(e) = log(u) e / (u - 1): exact also where u rounds (Kahan)
-                log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
-                losses += tl.where(wins, weight * (log1p - tl.minimum(margin, 0)), 0)
-                hits += tl.where(wins & (margin > 0), weight, 0)
-                small, large = e / u, 1 / u  # sigmoid(-|margin|), sigmoid(|margin|)
+                loss = tl.where(wins, log1p(e) - tl.minimum(margin, 0), 0)
+                losses += weight * tl.sum(loss, 1)
+                hits += weight * tl.sum((wins & (margin > 0)).to(REAL), 1)
+                small, large = e / (1 + e), 1 / (1 + e)  # sigmoid(-|margin|), sigmoid(|margin|)
                 wrong = tl.where(margin > 0, small, large)  # sigmoid(-margin)
                 right = tl.where(margin > 0, large, small)
                 slope = tl.where(wins, -wrong, tl.where(loses, right, 0.0))
                 gradient += tl.sum(slope, 1)
             if gradient_ptr is not None:
                 tl.store(gradient_ptr + at, weight * gradient, mask=at < end)
-    tl.store(parts_ptr + program, tl.sum(tl.sum(losses, 1), 0))
-    tl.store(parts_ptr + programs + program, tl.sum(tl.sum(hits, 1), 0))
+    tl.store(parts_ptr + program, tl.sum(losses, 0))
+    tl.store(parts_ptr + programs + program, tl.sum(hits, 0))
     tl.store(parts_ptr + 2 * programs + program, compared)
+    finish(
+        parts_ptr, ticket_ptr, denominator_ptr, loss_ptr, accuracy_ptr, scale_ptr, denominator, 1,
+        False, PROGRAMS,
+    )  # fmt: skip
 
 
-class _RankingLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, scores: Tensor, ranks: Tensor, cu_prompts: Tensor, denominator: float | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        prompts = len(cu_prompts) - 1
-        real = _real_dtype(scores)
-        gradient = None
-        if ctx.needs_input_grad[0]:
-            gradient = torch.empty(len(scores), dtype=real, device=scores.device)
-        grid = _programs(prompts)
-        parts = torch.empty(3, *grid, dtype=real, device=scores.device)
-        _ranking[grid](
-            scores.contiguous(), ranks.contiguous(), cu_prompts.contiguous(), gradient, parts,
-            prompts, BLOCK=BLOCK, num_warps=1,
-        )  # fmt: skip
-        loss, stats, scale = _finished(parts, denominator)
-        accuracy = stats[0]
-        ctx.save_for_backward(gradient, scale)
-        ctx.dtype = scores.dtype
-        ctx.mark_non_differentiable(accuracy)
-        return loss, accuracy
+def _outputs(scores: Tensor, wanted: bool, *_) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), accuracy (), gradient up to a factor (empty unless wanted), that factor ()."""
+    shapes = (), (), scores.shape if wanted else (0,), ()
+    loss, accuracy, gradient, scale = (
+        scores.new_empty(shape, dtype=real_dtype(scores)) for shape in shapes
+    )
+    return loss, accuracy, gradient, scale
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss: Tensor, _daccuracy: Tensor) -> tuple[Tensor | None, None, None, None]:
-        gradient, scale = ctx.saved_tensors
-        return (gradient * (dloss * scale)).to(ctx.dtype), None, None, None
+
+@op(_outputs)
+def _ranking_loss(
+    scores: Tensor, wanted: bool, ranks: Tensor, cu_prompts: Tensor, denominator: float,
+    denominators: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    loss, accuracy, gradient, scale = outputs = _outputs(scores, wanted)
+    prompts = len(cu_prompts) - 1
+    grid = programs(prompts)
+    _ranking[grid](
+        scores.contiguous(), ranks.contiguous(), cu_prompts.contiguous(),
+        gradient if wanted else None, scale.new_empty(3, *grid),
+        scale.new_zeros((), dtype=torch.int32),
+        None if denominators is None else denominators.to(scores.device), loss, accuracy, scale,
+        prompts, denominator, PROGRAMS=MAX_PROGRAMS, BLOCK=BLOCK, num_warps=1,
+    )  # fmt: skip
+    return outputs
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    gradient, scale = ctx.saved_tensors
+    dscores = None if dloss is None else (gradient * (dloss * scale)).to(ctx.dtype)
+    return dscores, *(None,) * 5
+
+
+_ranking_loss.differentiate(_setup_context, _gradient)
 
 
 def ranking_loss(
@@ -135,4 +164,8 @@ def ranking_loss(
     reference._check_ranking(scores, ranks, cu_prompts, denominator)
     if not runs_kernel(scores):
         return reference.ranking_loss(scores, ranks, cu_prompts, denominator=denominator)
-    return _RankingLoss.apply(scores, ranks, cu_prompts, denominator)
+    loss, accuracy, _, _ = _ranking_loss(
+        scores, torch.is_grad_enabled() and scores.requires_grad, ranks, cu_prompts,
+        *number_or_tensor(denominator),
+    )  # fmt: skip
+    return loss, accuracy

@@ -5,7 +5,7 @@ What `mask` hides is unreadable: it is selected away, never multiplied by zero, 
 there changes neither results nor gradients, and the result there is 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,12 @@ ESTIMATORS = ("k1", "k2", "k3", "abs")  # of the KL, see token_kl
 
 def _real(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _reals(*tensors: Tensor) -> list[Tensor]:
+    """All of them in fp64 when one is, else in fp32."""
+    double = any(x.dtype == torch.float64 for x in tensors)
+    return [x.double() if double else x.float() for x in tensors]
 
 
 def _same_shape(**tensors: Tensor) -> None:
@@ -49,7 +55,7 @@ class _SumOverGroup(torch.autograd.Function):
 
 def _check_token_logprobs(
     logits: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_start: int,
-    vocab_size: int | None,
+    vocab_size: int | None, inplace_backward: bool,
 ) -> None:  # fmt: skip
     if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
         raise ValueError(
@@ -59,10 +65,23 @@ def _check_token_logprobs(
         raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, not {logits.dtype}")
+    _check_vocabulary(tokens, temperature, vocab_start, vocab_size, logits)
+    if inplace_backward and logits.requires_grad:
+        if torch.compiler.is_compiling():
+            raise ValueError("inplace_backward is True; torch.compile does not see such writes")
+        if any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride())):
+            raise ValueError("inplace_backward is True; expanded logits share their memory")
+
+
+def _check_vocabulary(
+    tokens: Tensor, temperature: float | Tensor, vocab_start: int, vocab_size: int | None,
+    like: Tensor,
+) -> None:  # fmt: skip
+    """What all ops on a vocabulary ask of these; `like` are the logits or hidden states."""
     if tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
-    if tokens.device != logits.device:
-        raise ValueError(f"tokens are on {tokens.device}, logits on {logits.device}")
+    if tokens.device != like.device:
+        raise ValueError(f"tokens are on {tokens.device}, logits on {like.device}")
     if vocab_start < 0:
         raise ValueError(f"vocab_start is {vocab_start}; it must not be negative")
     if vocab_size is not None and vocab_size < 1:
@@ -71,8 +90,8 @@ def _check_token_logprobs(
         if not 0 < temperature < torch.inf:
             raise ValueError(f"temperature is {temperature}; it must be positive and finite")
         return
-    if temperature.device != logits.device:
-        raise ValueError(f"temperature is on {temperature.device}, logits on {logits.device}")
+    if temperature.device != like.device:
+        raise ValueError(f"temperature is on {temperature.device}, logits on {like.device}")
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient; there is one for logits only")
     try:
@@ -93,6 +112,7 @@ def token_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(token) under softmax(logits / temperature), in nats: (..., V), (...) -> (...) fp32.
 
@@ -102,9 +122,10 @@ def token_logprobs(
     temperature: a positive number, or a tensor that broadcasts to `tokens`.
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V). Columns at or beyond `vocab_size` are padding.
+    inplace_backward, the leave to overwrite the logits in backward, is not taken here.
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    _check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size)
+    _check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
     V = logits.shape[-1]
     counted = tokens != ignore_index
     x = torch.where(counted[..., None], _real(logits), 0.0)
@@ -129,12 +150,140 @@ def token_logprobs(
     target = total(torch.where(here, chosen, 0.0))
     target = torch.where(total(here.to(x.dtype)) > 0, target, -torch.inf)
     weights = x.exp()
-    log_sum = total(weights.sum(-1)).log()
-    logprobs = torch.where(counted, target - log_sum, 0.0)
+    # Summed without the token's own weight e^target, so that neither log p nor the 1 - p of its
+    # gradient cancels when the token is nearly certain: p = 1 / (1 + rest / e^target).
+    own = here[..., None] & (torch.arange(V, device=x.device) == local[..., None])
+    rest = total(weights.masked_fill(own, 0.0).sum(-1))
+    log_sum = (rest + target.expm1()).log1p()
+    likely = -(rest * (-target.clamp(min=-10.0)).exp()).log1p()
+    logprobs = torch.where(target > -10, likely, target - log_sum)
+    logprobs = torch.where(counted, logprobs, 0.0)
     if not entropy:
         return logprobs
     mean = total((weights * torch.where(x == -torch.inf, 0.0, x)).sum(-1)) / log_sum.exp()
     return logprobs, torch.where(counted, log_sum - mean, 0.0)
+
+
+def _check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, name: str = ""
+) -> None:
+    """What the ops on hidden @ weight.T + bias ask of these; `name` is a prefix like "ref_"."""
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}hidden has shape {tuple(hidden.shape)}, {name}weight {tuple(weight.shape)}; "
+            "they must be (..., d) and (V, d)"
+        )
+    if tokens is not None and hidden.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}, hidden has shape {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
+    for other, x in (f"{name}weight", weight), ("bias", bias):
+        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
+            raise ValueError(
+                f"{other} is {x.dtype} on {x.device}, {name}hidden {hidden.dtype} on "
+                f"{hidden.device}"
+            )
+
+
+class _SumGradientOverGroup(torch.autograd.Function):
+    """The identity, whose gradient every rank holds a part of: its columns of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor | None,
+    group: dist.ProcessGroup | None,
+) -> Tensor:  # fmt: skip
+    """hidden @ weight.T + bias in fp32, from rows that count."""
+    hidden = _real(hidden)
+    if group is not None:
+        hidden = _SumGradientOverGroup.apply(hidden, group)
+    if counted is not None:
+        hidden = torch.where(counted[..., None], hidden, 0.0)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(
+            hidden, _real(weight), None if bias is None else _real(bias)
+        )
+
+
+def _as_linear(*tensors: Tensor | None) -> list[Any]:
+    """Under autocast, cast as torch.nn.Linear would."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    save_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` of logits = hidden @ weight.T + bias, made in fp32: (..., d), (V, d), (...).
+
+    Differentiable in hidden, weight and bias. Under autocast these are cast as torch.nn.Linear
+    casts them. group: hidden is the same on every rank, and so is its gradient: the sum over the
+    group is made here. save_logits, a choice of memory or time, has no meaning here.
+    """
+    hidden, weight, bias = _as_linear(hidden, weight, bias)
+    _check_linear(hidden, weight, bias, tokens)
+    if vocab_size is not None:
+        V = min(max(vocab_size - vocab_start, 1), len(weight))  # padding rows may hold anything
+        weight, bias = weight[:V], None if bias is None else bias[:V]
+    logits = _logits(hidden, weight, bias, tokens != ignore_index, group)
+    return token_logprobs(
+        logits, tokens, temperature=temperature, entropy=entropy, ignore_index=ignore_index,
+        vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+    )  # fmt: skip
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """-sum of `linear_token_logprobs` over the tokens that count, over their number: a scalar.
+
+    denominator: the token count of the global batch when this is a part of it.
+    """
+    _check_denominator(denominator)
+    logprobs = linear_token_logprobs(
+        hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
+        vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+    )  # fmt: skip
+    if denominator is None:
+        denominator = (tokens != ignore_index).sum().clamp(min=1)
+    return -logprobs.sum() / denominator
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
@@ -156,13 +305,126 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
 
 
+def _check_rows(
+    rows: Tensor, mask: Tensor | None, temperature: float | Tensor, vocab_start: int,
+    vocab_size: int | None,
+) -> None:  # fmt: skip
+    """What `exact_kl` asks of what goes by rows (...)."""
+    tokens = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    _check_vocabulary(tokens, temperature, vocab_start, vocab_size, rows)
+    if mask is not None and mask.shape != rows.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, the KL {tuple(rows.shape)}")
+
+
+def _check_exact_kl(
+    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor,
+    vocab_start: int, vocab_size: int | None,
+) -> None:  # fmt: skip
+    _same_shape(logits=logits, ref_logits=ref_logits)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
+    for name, x in ("logits", logits), ("ref_logits", ref_logits):
+        if not x.is_floating_point() or x.device != logits.device:
+            raise ValueError(f"{name} must be floating point on {logits.device}, not {x.dtype}")
+    _check_rows(logits[..., 0], mask, temperature, vocab_start, vocab_size)
+
+
+def exact_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """KL(p || q) of p = softmax(logits / t), q = softmax(ref_logits / t), in nats.
+
+    Differentiable in logits. temperature, vocab_size, vocab_start and group as in
+    `token_logprobs`. mask (...): where it is 0 the result and the gradient are 0; default all.
+    """
+    _check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
+    V = logits.shape[-1]
+    counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask != 0
+    t = temperature
+    if isinstance(t, Tensor):
+        t = torch.where(counted, t, 1.0)[..., None]
+    padding = torch.zeros(V, dtype=torch.bool, device=logits.device)
+    if vocab_size is not None:
+        padding = torch.arange(vocab_start, vocab_start + V, device=logits.device) >= vocab_size
+
+    def total(y: Tensor) -> Tensor:
+        return y if group is None else _SumOverGroup.apply(y, group)
+
+    def shifted(x: Tensor) -> Tensor:
+        x = torch.where(counted[..., None], _real(x), 0.0) / t
+        x = x.masked_fill(padding, -torch.inf)
+        top = x.detach().max(-1, keepdim=True).values
+        if group is not None:
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+        return x - torch.where(top.isfinite(), top, 0.0)
+
+    z, u = shifted(logits), shifted(ref_logits.detach())
+    weights = z.exp()
+    possible = weights > 0
+    difference = torch.where(possible, z, 0.0) - torch.where(possible, u, 0.0)
+    S, U = total(weights.sum(-1)), total(u.exp().sum(-1))
+    kl = total((weights * difference).sum(-1)) / S - S.log() + U.log()
+    return torch.where(counted, kl, 0.0)
+
+
+def _check_linear_exact_kl(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+) -> None:
+    _check_linear(hidden, weight, None, None)
+    _check_linear(ref_hidden, ref_weight, None, None, "ref_")
+    if hidden.shape[:-1] != ref_hidden.shape[:-1] or len(weight) != len(ref_weight):
+        raise ValueError(
+            f"ref_hidden @ ref_weight.T has shape {(*ref_hidden.shape[:-1], len(ref_weight))}, "
+            f"hidden @ weight.T {(*hidden.shape[:-1], len(weight))}"
+        )
+
+
+def linear_exact_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`exact_kl` of hidden @ weight.T against ref_hidden @ ref_weight.T: (..., d), (V, d) -> (...).
+
+    Differentiable in hidden and weight; the gradient of hidden is summed over the group.
+    """
+    hidden, weight = _as_linear(hidden, weight)
+    ref_hidden, ref_weight = _as_linear(ref_hidden, ref_weight)
+    _check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
+    _check_rows(hidden[..., 0], mask, temperature, vocab_start, vocab_size)
+    if vocab_size is not None:
+        V = min(max(vocab_size - vocab_start, 1), len(weight))  # padding rows may hold anything
+        weight, ref_weight = weight[:V], ref_weight[:V]
+    counted = None if mask is None else mask != 0
+    return exact_kl(
+        _logits(hidden, weight, None, counted, group),
+        _logits(ref_hidden.detach(), ref_weight.detach(), None, counted, None),
+        temperature=temperature, vocab_size=vocab_size, vocab_start=vocab_start, group=group,
+        mask=mask,
+    )  # fmt: skip
+
+
 def _check_bounds(name: str, bounds: Tensor, n: int) -> None:
-    """Refuse bounds that do not rise from 0 to n. On a GPU their content is trusted: no sync."""
+    """Refuse bounds that do not rise from 0 to n; trusted, unread, on a GPU and when compiled."""
     if bounds.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, not {bounds.dtype}")
     if bounds.dim() != 1 or len(bounds) < 1:
         raise ValueError(f"{name} has shape {tuple(bounds.shape)}; it must be (sequences + 1,)")
-    if bounds.is_cuda:
+    if bounds.is_cuda or torch.compiler.is_compiling():
         return
     if int(bounds[0]) != 0 or int(bounds[-1]) != n or (bounds.diff() < 0).any():
         raise ValueError(f"{name} must rise from 0 to {n}, not {bounds.tolist()}")
@@ -196,18 +458,19 @@ def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
 
 
 def _check_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float,
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float | Tensor, lam: float | Tensor,
     cu_seqlens: Tensor | None, mask_mode: str, bootstrap: Tensor | None,
 ) -> int:  # fmt: skip
     """The number of sequences, once the arguments of `gae` fit each other."""
     _one_of("mask_mode", mask_mode, ("carry", "decay"))
     _same_shape(rewards=rewards, values=values, mask=mask)
-    for name, x in ("gamma", gamma), ("lam", lam):
-        if not 0 <= x <= 1:
-            raise ValueError(f"{name} is {x}; it must lie in [0, 1]")
     S = _sequences(mask.shape, cu_seqlens)
-    if bootstrap is not None and bootstrap.shape != (S,):
-        raise ValueError(f"bootstrap has shape {tuple(bootstrap.shape)}; it must be ({S},)")
+    for name, x in ("gamma", gamma), ("lam", lam), ("bootstrap", bootstrap):
+        if isinstance(x, Tensor):
+            if x.shape != (S,):
+                raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({S},)")
+        elif x is not None and not 0 <= x <= 1:
+            raise ValueError(f"{name} is {x}; it must lie in [0, 1]")
     return S
 
 
@@ -216,8 +479,8 @@ def gae(
     values: Tensor,
     mask: Tensor,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     cu_seqlens: Tensor | None = None,
     mask_mode: str = "carry",
     bootstrap: Tensor | None = None,
@@ -227,6 +490,7 @@ def gae(
         delta_t = r_t + gamma * V_{t+1} - V_t        A_t = delta_t + gamma * lam * A_{t+1}
 
     (Schulman et al. 2016, arXiv:1506.02438, equation 16); returns = A + V.
+    gamma, lam: numbers in [0, 1], or tensors (B,) or (S,) of one for each sequence.
     cu_seqlens (S + 1,): bounds of the packed sequences. bootstrap (B,) or (S,): the value after
     the last valid token of each sequence, default 0.
     mask_mode: a masked step between valid ones (tool output, say) hands V_{t+1} and A_{t+1} on
@@ -247,8 +511,8 @@ def gae(
         return advantages[sequence, place], returns[sequence, place]
 
     valid = mask != 0
-    r = torch.where(valid, _real(rewards), 0.0)
-    v = torch.where(valid, _real(values), 0.0)
+    r, v = (torch.where(valid, x, 0.0) for x in _reals(rewards, values))
+    gamma, lam = (x.to(v.dtype) if isinstance(x, Tensor) else x for x in (gamma, lam))
     next_value = v.new_zeros(B) if bootstrap is None else bootstrap.to(v.dtype)
     advantage = v.new_zeros(B)
     advantages = torch.zeros_like(v)
@@ -303,7 +567,8 @@ class PPOAdvantages(NamedTuple):
 
 def _check_ppo_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
-    estimator: str, gamma: float, lam: float, cu_seqlens: Tensor | None, mask_mode: str,
+    estimator: str, gamma: float | Tensor, lam: float | Tensor, cu_seqlens: Tensor | None,
+    mask_mode: str,
 ) -> int:  # fmt: skip
     """The number of sequences, once the arguments of `ppo_advantages` fit each other."""
     _one_of("estimator", estimator, ESTIMATORS)
@@ -323,8 +588,8 @@ def ppo_advantages(
     *,
     kl_coef: float,
     estimator: str = "k1",
-    gamma: float = 1.0,
-    lam: float = 0.95,
+    gamma: float | Tensor = 1.0,
+    lam: float | Tensor = 0.95,
     whiten_rewards: bool = False,
     whiten_advantages: bool = True,
     cu_seqlens: Tensor | None = None,
@@ -336,10 +601,12 @@ def ppo_advantages(
     The reward of a token is -kl_coef times its KL estimate (`token_kl`); the score is added at the
     last valid token of its sequence (a sequence without one gets none); then `gae`, then `whiten`
     over all ranks of group. whiten_rewards keeps the mean (lm-human-preferences).
+    gamma, lam, cu_seqlens, mask_mode as in `gae`.
     """
     S = _check_ppo_advantages(
         scores, logprobs, ref_logprobs, values, mask, estimator, gamma, lam, cu_seqlens, mask_mode
     )
+    scores, logprobs, ref_logprobs, values = _reals(scores, logprobs, ref_logprobs, values)
     valid = mask != 0
     kl = torch.where(valid, token_kl(logprobs, ref_logprobs, estimator=estimator), 0.0)
     if cu_seqlens is None:
@@ -347,7 +614,7 @@ def ppo_advantages(
     else:
         sequence, _, _ = _rows(cu_seqlens, len(mask))
     last = _last_valid(valid.flatten(), sequence, S).view_as(valid)
-    rewards = -kl_coef * kl + torch.where(last, _real(scores)[sequence].view_as(kl), 0.0)
+    rewards = -kl_coef * kl + torch.where(last, scores[sequence].view_as(kl), 0.0)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, group=group)
     advantages, returns = gae(
@@ -439,9 +706,10 @@ def policy_loss(
         cu_seqlens,
     )  # fmt: skip
     valid = mask != 0
-    d = torch.where(valid, _real(logprobs) - _real(old_logprobs), 0.0)
+    logprobs, old_logprobs, advantages = _reals(logprobs, old_logprobs, advantages)
+    d = torch.where(valid, logprobs - old_logprobs, 0.0)
     d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    A = torch.where(valid, _real(advantages), 0.0)
+    A = torch.where(valid, advantages, 0.0)
     ratio = d.exp()
     plain, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
     losses = torch.maximum(plain, clipped)
@@ -459,6 +727,36 @@ def policy_loss(
             "ratio_max": torch.where(valid, ratio, 0.0).max() if mask.numel() else ratio.sum(),
         }
     return mean(losses), stats
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...)."""
+    logprobs: Any = linear_token_logprobs(
+        hidden, weight, torch.where(mask != 0, tokens, -100), bias=bias, temperature=temperature,
+        vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+    )  # fmt: skip
+    return policy_loss(
+        logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,
+        aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
 
 
 def value_loss(
@@ -480,7 +778,8 @@ def value_loss(
     _same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
     _check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
     valid = mask != 0
-    v, old, target = (torch.where(valid, _real(x), 0.0) for x in (values, old_values, returns))
+    tensors = _reals(values, old_values, returns)
+    v, old, target = (torch.where(valid, x, 0.0) for x in tensors)
     plain = (v - target).square()
     clipped = (v.clamp(old - clip_range, old + clip_range) - target).square()
 

@@ -15,7 +15,7 @@ if INTERPRETED:  # before any kernel is imported: what Triton is, is settled at 
     interpreter.install()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
     """Where kernels run: the GPU, or the CPU under Triton's interpreter."""
     if not (torch.cuda.is_available() or INTERPRETED):
@@ -30,7 +30,7 @@ def reproducible(request: pytest.FixtureRequest) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_as_exact() -> Callable[..., None]:
     """Compare a kernel to float64 truth, allowing twice what plain PyTorch errs in the same dtype.
 

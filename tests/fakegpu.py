@@ -4,13 +4,14 @@
         token_logprobs(torch.empty(8, 128256), tokens)  # CPU tensors; what comes out is undefined
     gpu.kernels  # one Kernel per launch
 
-Triton must not be interpreted in this process.
+A warning, the compiler's or not, raises. Triton must not be interpreted in this process.
 """
 
 import itertools
 import re
 import subprocess
-import tempfile
+import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,41 +19,70 @@ from types import SimpleNamespace
 from unittest import mock
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from tetrad.kernels import launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes a block may have
-
-
 INDICES = itertools.count(1000)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    target: GPUTarget
+    shared_memory: int  # bytes a block may have: Triton refuses to launch with more
+    registers: int  # of 32 bits that a block may have: a GPU refuses to launch with more
+
+
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 166912, 65536),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 232448, 65536),
+    "sm_100": Architecture(GPUTarget("cuda", 100, 32), 232448, 65536),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 65536, 131072),
+}
 
 
 @dataclass
 class Kernel:
     name: str
-    cubin: bytes
+    threads: int  # of a block
+    seconds: float  # it took to compile; 0 when Triton's cache had it
+    files: dict[str, Path]  # what each stage of the compiler left, by suffix
 
     @cached_property
     def usage(self) -> dict[str, int]:
         """What the kernel occupies per thread: REG registers, STACK bytes (spills are there)."""
-        return {
-            k: int(v)
-            for k, v in re.findall(r"(REG|STACK):(\d+)", self._read("cuobjdump -res-usage"))
-        }
+        if ".amdgcn" in self.files:
+            fields = {"REG": "vgpr_count", "STACK": "private_segment_fixed_size"}
+            found = {k: re.search(rf"\.{name}: +(\d+)", self.listing) for k, name in fields.items()}
+            return {k: int(match[1]) for k, match in found.items()}
+        listing = self._read("cuobjdump -res-usage")
+        return {k: int(v) for k, v in re.findall(r"(REG|STACK):(\d+)", listing)}
+
+    @property
+    def registers(self) -> int:
+        """Of a block: each thread gets a multiple of eight."""
+        return -(-self.usage["REG"] // 8) * 8 * self.threads
+
+    @property
+    def wide_loads(self) -> int:
+        """How many instructions load 128 bits, or more, of global memory for each thread."""
+        wide = r"\bLDG\S*\.(128|256)\b|\b(global|buffer)_load_dwordx4\b"
+        return len(re.findall(wide, self.listing))
 
     @cached_property
-    def sass(self) -> str:
+    def listing(self) -> str:
+        """The instructions, as the machine names them."""
+        if ".amdgcn" in self.files:
+            return self.files[".amdgcn"].read_text()
         return self._read("nvdisasm -c")
 
     def _read(self, tool: str) -> str:
         name, *options = tool.split()
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            Path(file.name).write_bytes(self.cubin)
-            command = [TOOLS / name, *options, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [TOOLS / name, *options, self.files[".cubin"]]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 class FakeGPU:
@@ -60,21 +90,27 @@ class FakeGPU:
 
     def __init__(self, architecture: str) -> None:
         self.kernels: list[Kernel] = []
+        self.architecture = ARCHITECTURES[architecture]
         self.index = next(INDICES)  # of its own: Triton keeps a kernel and its launcher per device
-        self.number = int(architecture.removeprefix("sm_"))
         self.utils = SimpleNamespace(
-            get_device_properties=lambda _: {"max_shared_mem": SHARED_MEMORY[architecture]},
-            load_binary=lambda name, cubin, *_: (object(), Kernel(name, cubin), 0, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": self.architecture.shared_memory},
+            load_binary=lambda *_: (object(), object(), 0, 0, 1024),
+        )
+        self._compiled: dict[str, Kernel] = {}  # by Triton's hash
+
+    def _keep(self, *, metadata, metadata_group, times, cache_hit, **_) -> None:
+        self._compiled[metadata["hash"]] = Kernel(
+            metadata["name"],
+            metadata["num_warps"] * self.architecture.target.warp_size,
+            0.0 if cache_hit else times.total / 1e6,
+            {Path(path).suffix: Path(path) for path in metadata_group.values()},
         )
 
-    def launcher_cls(self, _source, _metadata):
-        def start(_x, _y, _z, _stream, kernel: Kernel, *_) -> None:
-            self.kernels.append(kernel)
-
-        return start
+    def launcher_cls(self, _source, metadata):
+        return lambda *_: self.kernels.append(self._compiled[metadata.hash])
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.number, 32)
+        return self.architecture.target
 
     def get_current_device(self) -> int:
         return self.index
@@ -83,12 +119,15 @@ class FakeGPU:
         return 0
 
     def __enter__(self) -> "FakeGPU":
-        self._driver = driver._active
+        self._undo = ExitStack()
+        self._undo.callback(driver.set_active, driver._active)
         driver.set_active(self)
-        self._runs_kernel = mock.patch.object(launch, "INTERPRETED", True)  # on CPU tensors
-        self._runs_kernel.start()
+        self._undo.enter_context(knobs.compilation.scope())
+        knobs.compilation.listener = self._keep
+        self._undo.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error")
+        self._undo.enter_context(mock.patch.object(launch, "INTERPRETED", True))  # on CPU tensors
         return self
 
     def __exit__(self, *exception) -> None:
-        self._runs_kernel.stop()
-        driver.set_active(self._driver)
+        self._undo.close()

@@ -1,16 +1,20 @@
 """Every kernel compiles for the GPUs we name, and fits their registers. No GPU is needed."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.fakegpu import SHARED_MEMORY, FakeGPU
+from tests.fakegpu import ARCHITECTURES, FakeGPU
 from tetrad.kernels import reference
 from tetrad.kernels.advantages import gae, ppo_advantages, whiten
+from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 from tetrad.kernels.kl import token_kl
+from tetrad.kernels.linear_logprob import linear_token_logprobs
+from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
 from tetrad.kernels.logprob import token_logprobs
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
 from tetrad.kernels.ranking import ranking_loss
@@ -19,8 +23,9 @@ pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted is not compiled"
     ),
-    pytest.mark.parametrize("architecture", SHARED_MEMORY),
+    pytest.mark.parametrize("architecture", ARCHITECTURES),
 ]
+PATIENCE = 20  # seconds for a kernel that takes one; what spills can take minutes
 half, single = torch.bfloat16, torch.float32
 
 
@@ -55,8 +60,50 @@ CALLS: dict[str, Callable[[], object]] = {
     "token_logprobs-entropy": lambda: token_logprobs(
         real(8, 50257, dtype=single), tokens(8), entropy=True, temperature=torch.ones(8)
     ),
+    "token_logprobs-5000": lambda: token_logprobs(
+        real(8, 5000, dtype=half), tokens(8), entropy=True
+    ),
+    "token_logprobs-fp32": lambda: token_logprobs(real(8, 32000), tokens(8)),
     "token_logprobs-strided": lambda: token_logprobs(
         real(4, 6, 7, dtype=half).mT, tokens(28).view(4, 7)
+    ),
+    "linear_token_logprobs": lambda: linear_token_logprobs(
+        real(8, 64, dtype=half), real(1024, 64, dtype=half), tokens(8), entropy=True
+    ),
+    "linear_token_logprobs-save_logits": lambda: linear_token_logprobs(
+        real(8, 64), real(1000, 64), tokens(8), bias=real(1000), save_logits=True
+    ),
+    "linear_cross_entropy": lambda: linear_cross_entropy(
+        real(8, 64, dtype=half), real(1024, 64, dtype=half), tokens(8)
+    ),
+    "linear_policy_loss": lambda: linear_policy_loss(
+        real(8, 64, dtype=half), real(1024, 64, dtype=half), tokens(8), *(torch.zeros(2, 8)),
+        mask=mask()[0, :8],
+    ),
+    **{
+        f"linear_token_logprobs-{dtype}{suffix}": lambda dtype=dtype, options=options: (
+            linear_token_logprobs(
+                torch.zeros(300, 4096, dtype=dtype), torch.zeros(5000, 4096, dtype=dtype),
+                tokens(300), **options,
+            )
+        )
+        for dtype in (half, single, torch.float16)
+        for suffix, options in {
+            "": {},
+            "-entropy": {
+                "entropy": True, "temperature": torch.ones(300),
+                "bias": torch.zeros(5000, dtype=dtype),
+            },
+        }.items()
+    },
+    "exact_kl": lambda: exact_kl(real(8, 5000, dtype=half), torch.zeros(8, 5000, dtype=half)),
+    "exact_kl-strided": lambda: exact_kl(
+        real(8, 50257), torch.zeros(8, 2 * 50257)[:, ::2], mask=mask()[0, :8],
+        temperature=torch.ones(8),
+    ),
+    "linear_exact_kl": lambda: linear_exact_kl(
+        real(8, 64, dtype=half), real(1024, 64, dtype=half), torch.zeros(8, 32),
+        torch.zeros(1024, 32),
     ),
     **{
         f"token_kl-{estimator}": lambda estimator=estimator: token_kl(
@@ -68,6 +115,9 @@ CALLS: dict[str, Callable[[], object]] = {
     "gae-packed": lambda: gae(
         *packed(2), mask().view(-1), cu_seqlens=bounds(), bootstrap=torch.zeros(8),
         mask_mode="decay",
+    ),
+    "gae-gammas": lambda: gae(
+        *padded(2), mask(), gamma=torch.zeros(8), lam=torch.zeros(8, dtype=half)
     ),
     "whiten": lambda: whiten(torch.zeros(100), mask().view(-1)[:100], unbiased=True),
     "ppo_advantages": lambda: ppo_advantages(torch.zeros(8), *padded(3), mask(), kl_coef=0.1),
@@ -85,6 +135,10 @@ CALLS: dict[str, Callable[[], object]] = {
         cu_seqlens=bounds(),
     ),
     "ranking_loss": lambda: ranking_loss(real(8 * 4096), tokens(8 * 4096), bounds()),
+    "ranking_loss-denominator": lambda: ranking_loss(
+        real(8 * 4096, dtype=half), tokens(8 * 4096).int(), bounds().int(),
+        denominator=torch.zeros(()),
+    ),
 }  # fmt: skip
 
 
@@ -104,11 +158,24 @@ def test_compiles_without_spills(call, architecture) -> None:
     assert gpu.kernels
     for kernel in gpu.kernels:
         assert kernel.usage["STACK"] == 0, f"{kernel.name} spills: {kernel.usage}"
+        assert kernel.registers <= gpu.architecture.registers, f"{kernel.name}: {kernel.usage}"
+        assert kernel.seconds < PATIENCE, f"{kernel.name} compiles for {kernel.seconds:.0f} s"
 
 
-def test_logits_are_loaded_128_bits_at_a_time(architecture) -> None:
+@pytest.mark.parametrize("call", ["token_logprobs", "token_logprobs-5000", "exact_kl"])
+def test_logits_are_loaded_128_bits_at_a_time(call, architecture) -> None:
+    """Also where V is a multiple of 8 and not of 16, as 5000 is."""
     with FakeGPU(architecture) as gpu:
-        CALLS["token_logprobs"]().sum().backward()
+        outputs = list(differentiable(CALLS[call]()))
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
     for name in "_forward", "_backward":
         (kernel,) = [kernel for kernel in gpu.kernels if kernel.name == name]
-        assert ".128" in " ".join(line for line in kernel.sass.splitlines() if "LDG" in line)
+        assert kernel.wide_loads > 0
+
+
+def test_the_fused_product_uses_tensor_cores_and_wide_loads(architecture) -> None:
+    with FakeGPU(architecture) as gpu:
+        CALLS[f"linear_token_logprobs-{half}"]()
+    (kernel,) = [kernel for kernel in gpu.kernels if kernel.name == "_fused"]
+    assert re.search("HMMA|HGMMA|UTC.?MMA|mfma", kernel.listing)
+    assert re.search(r"LDGSTS.*128|UTMALDG|dwordx4", kernel.listing)

@@ -6,7 +6,12 @@ __version__ = "0.1.0"
 
 _HOME = {  # op -> the module of tetrad.kernels that holds it, imported when the op is first used
     "token_logprobs": "logprob",
+    "linear_token_logprobs": "linear_logprob",
+    "linear_cross_entropy": "linear_loss",
+    "linear_policy_loss": "linear_loss",
     "token_kl": "kl",
+    "exact_kl": "exact_kl",
+    "linear_exact_kl": "exact_kl",
     "gae": "advantages",
     "whiten": "advantages",
     "ppo_advantages": "advantages",

@@ -14,6 +14,7 @@ import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.jit import _normalize_ty
 
 BF16_NAN = 0x7FC0
 
@@ -31,6 +32,8 @@ def install() -> None:
         setattr(InterpreterBuilder, name, _in_fp32(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_masked_load = _poisoned(InterpreterBuilder.create_masked_load)
     stock._implicit_cvt = _floats_as_fp32(stock._implicit_cvt)
+    stock._patch_lang_tensor = _with_index(stock._patch_lang_tensor)
+    stock.GridExecutor.__call__ = _marking_doubles(stock.GridExecutor.__call__)
 
     for operation in (stock.ReduceOps, stock.ScanOps):
         operation.apply_impl = _refusing_bf16(operation.apply_impl)
@@ -113,11 +116,32 @@ def _poisoned(stock_load: Callable) -> Callable:
     return load
 
 
+class _Double(float):
+    """A Python float for a parameter that is annotated tl.float64."""
+
+
+def _marking_doubles(stock_launch: Callable) -> Callable:
+    def launch(self, *args, **kwargs):
+        annotations = self.fn.__annotations__.items()
+        doubles = {name for name, x in annotations if _normalize_ty(x) == "fp64"}
+
+        def marked(name: str, x: object) -> object:
+            return _Double(x) if name in doubles and isinstance(x, float) else x
+
+        args = [marked(*pair) for pair in zip(self.arg_names, args)]
+        return stock_launch(self, *args, **{name: marked(name, x) for name, x in kwargs.items()})
+
+    return launch
+
+
 def _floats_as_fp32(stock_convert: Callable) -> Callable:
+    """What the launcher of a GPU makes of a Python float: fp32, or fp64 where annotated so."""
+
     def convert(argument):
         if isinstance(argument, float):
-            handle = TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
-            return tl.tensor(handle, tl.float32)
+            double = isinstance(argument, _Double)
+            dtype, kind = (np.float64, tl.float64) if double else (np.float32, tl.float32)
+            return tl.tensor(TensorHandle(np.array([argument], dtype=dtype), kind), kind)
         return stock_convert(argument)
 
     return convert
@@ -179,3 +203,13 @@ def _generic_reduce(self, inputs: tuple) -> list:
         self.to_tensor(x if x.shape else x.item(), dtype)
         for x, dtype in zip(values, dtypes, strict=True)
     ]
+
+
+def _with_index(stock_patch: Callable) -> Callable:
+    """Bounds of range(): Triton 3.6 asks NumPy for int() of an array (1,), refused since 2.4."""
+
+    def patch(tensor: type, scope) -> None:
+        stock_patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch

@@ -69,17 +69,20 @@ def test_generic_scan_and_reduce() -> None:
 
 
 @triton.jit
-def _scalars(out_ptr, number, n):
+def _scalars(out_ptr, number, double: tl.float64, n):
     tl.store(out_ptr, number)
-    tl.store(out_ptr + 1, n * n)
+    tl.store(out_ptr + 1, double)
+    tl.store(out_ptr + 2, n * n)
 
 
-def test_python_floats_are_fp32_and_int32_does_not_wrap() -> None:
-    out = torch.empty(2, dtype=torch.float64)
-    _scalars[(1,)](out, 0.1, 5)
-    assert out.tolist() == [torch.tensor(0.1).item(), 25]
+def test_python_floats_are_fp32_unless_annotated_and_int32_does_not_wrap() -> None:
+    out = torch.empty(3, dtype=torch.float64)
+    _scalars[(1,)](out, 0.1, 0.1, 5)
+    assert out.tolist() == [torch.tensor(0.1).item(), 0.1, 25]
+    _scalars[(1,)](out.zero_(), n=5, double=0.1, number=0.1)
+    assert out.tolist() == [torch.tensor(0.1).item(), 0.1, 25]
     with pytest.raises(InterpreterError, match="overflow"):
-        _scalars[(1,)](out, 0.1, 50_000)
+        _scalars[(1,)](out, 0.1, 0.1, 50_000)
 
 
 @triton.jit
@@ -117,3 +120,89 @@ def test_traffic_is_counted_by_element() -> None:
 def test_traffic_refuses_what_was_not_given(x, out) -> None:
     with Traffic(), pytest.raises(InterpreterError, match="outside the tensors of its launch"):
         _copy[(1,)](x, out, 8, BLOCK=8)
+
+
+@triton.jit
+def _sum(
+    x_ptr, parts_ptr, ticket_ptr, out_ptr, TICKET: tl.constexpr, BARRIER: tl.constexpr,
+    CACHE: tl.constexpr, SEMANTICS: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(parts_ptr + program, 2 * tl.load(x_ptr + program))
+    if BARRIER:
+        tl.debug_barrier()
+    last = program == programs - 1
+    if TICKET:
+        last = tl.atomic_add(ticket_ptr, 1, sem=SEMANTICS) == programs - 1
+    if LATE:
+        tl.store(parts_ptr + program, 0.0)
+    if last:
+        total = 0.0
+        for i in range(programs):
+            total += tl.load(parts_ptr + i, cache_modifier=CACHE)
+        tl.store(out_ptr, total)
+
+
+def total_of(order=range, **wrong) -> float:
+    x, out = torch.arange(5.0), torch.zeros(())
+    right = {"TICKET": True, "BARRIER": True, "CACHE": ".cg", "SEMANTICS": "acq_rel"}
+    right["LATE"] = False
+    with Traffic(order=order):
+        _sum[(5,)](x, torch.empty(5), torch.zeros((), dtype=torch.int32), out, **{**right, **wrong})
+    return out.item()
+
+
+def test_programs_may_meet_by_a_ticket() -> None:
+    assert total_of() == total_of(lambda n: range(n)[::-1]) == 20
+
+
+@triton.jit
+def _draw(ticket_ptr, drawn_ptr):
+    place = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(drawn_ptr + place, tl.atomic_add(ticket_ptr, 1))
+
+
+def test_programs_run_in_the_order_asked_for() -> None:
+    drawn = torch.empty(6, dtype=torch.int32)
+    with Traffic(order=lambda n: [2, 0, 4, 1, 3, 5]):
+        _draw[(3, 2)](torch.zeros((), dtype=torch.int32), drawn)
+    assert drawn.tolist() == [1, 3, 0, 4, 2, 5]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"TICKET": False}, "no ticket drawn"),
+        ({"BARRIER": False}, "no tl.debug_barrier"),
+        ({"CACHE": ""}, "stale cache line"),
+        ({"SEMANTICS": "relaxed"}, "neither acquires nor releases"),
+        ({"LATE": True}, "no ticket drawn"),
+    ],
+    ids=str,
+)
+def test_a_ticket_that_would_fail_on_a_gpu_is_refused(wrong, message) -> None:
+    with pytest.raises(InterpreterError, match=message):
+        total_of(**wrong)
+
+
+@triton.jit
+def _shift(x_ptr):
+    i = tl.program_id(0)
+    tl.store(x_ptr + i, tl.load(x_ptr + i + 1))
+
+
+@pytest.mark.parametrize("order", [range, lambda n: range(n)[::-1]], ids=["forward", "reverse"])
+def test_programs_may_not_race(order) -> None:
+    with Traffic(order=order), pytest.raises(InterpreterError, match="no ticket drawn"):
+        _shift[(4,)](torch.zeros(5))
+
+
+@triton.jit
+def _accumulate(x_ptr):
+    tl.atomic_add(x_ptr, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_float_atomics_are_refused(dtype) -> None:
+    with Traffic(), pytest.raises(InterpreterError, match="depend on the order"):
+        _accumulate[(4,)](torch.zeros(4, dtype=dtype))

@@ -1,12 +1,15 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
+from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import reference
-from tetrad.kernels.kl import token_kl
+from tetrad.kernels.kl import _token_kl, _token_kl_backward, token_kl
 
 ESTIMATORS = pytest.mark.parametrize("estimator", reference.ESTIMATORS)
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -46,11 +49,36 @@ def test_matches_reference(shape, dtype, estimator, device, assert_as_exact) -> 
         assert_as_exact(*outputs)
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=strategies.data())
+def test_any_call(data, device, assert_as_exact) -> None:
+    """Shapes, types and layouts as they come; on the CPU, nothing but the inputs is touched."""
+    draw = data.draw
+    torch.manual_seed(draw(strategies.integers(0, 99)))
+    shape = draw(strategies.lists(strategies.integers(0, 40), max_size=3))
+    types = strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    layouts = strategies.sampled_from(LAYOUTS)
+    estimator = draw(strategies.sampled_from(reference.ESTIMATORS))
+    p, q = (
+        laid_out(torch.randn(shape, device=device).to(draw(types)), draw(layouts)) for _ in range(2)
+    )
+    dkl = laid_out(torch.randn(shape, device=device), draw(layouts))
+    with Traffic() if device == "cpu" else nullcontext():
+        kernel = run(token_kl, p, q, dkl, estimator)
+    plain = run(reference.token_kl, p, q, dkl, estimator)
+    truth = run(reference.token_kl, p.double(), q.double(), dkl, estimator)
+    floor = 1e-14 if p.dtype == q.dtype == torch.float64 else 2e-6
+    for x, y, exact in zip(kernel, plain, truth, strict=True):
+        largest = exact.abs().max().item() if exact.numel() else 0  # exp(-d) may be hundreds
+        assert_as_exact(x, y, exact, floor=floor * max(1, largest))
+
+
 @ESTIMATORS
-def test_gradients_in_fp64(estimator, device) -> None:
+@IMPLEMENTATIONS
+def test_gradients_in_fp64(kl_of, estimator, device) -> None:
     p, q = torch.randn(2, 9, dtype=torch.float64, device=device)
     assert torch.autograd.gradcheck(
-        lambda p, q: token_kl(p, q, estimator=estimator), (p.requires_grad_(), q.requires_grad_())
+        lambda p, q: kl_of(p, q, estimator=estimator), (p.requires_grad_(), q.requires_grad_())
     )
 
 
@@ -71,13 +99,62 @@ def test_strided_inputs_and_upstream_gradients(device) -> None:
     assert all(torch.equal(x, y) for x, y in zip(strided, expected, strict=True))
 
 
-def test_moves_no_more_than_it_must(device) -> None:
+# Forward two reads and one write; backward three and one, or two for gradients on both sides.
+@pytest.mark.parametrize("wanted, least", [((True, False), 16), ((True, True), 20)])
+def test_moves_no_more_than_it_must(wanted, least, device) -> None:
     if device != "cpu":
         pytest.skip("bytes are counted in the interpreter")
-    p, q = torch.randn(2, 1500).unbind()
-    with Traffic() as traffic:
-        token_kl(p, q, estimator="k3")
-    assert (traffic.bytes_read, traffic.bytes_written) == (8 * 1500, 4 * 1500)
+    p, q = (x.requires_grad_(w) for x, w in zip(torch.randn(2, 1500), wanted, strict=True))
+    with Traffic() as forward:
+        kl = token_kl(p, q, estimator="k3")
+    assert (forward.bytes_read, forward.bytes_written) == (8 * 1500, 4 * 1500)
+    with Traffic() as backward:
+        kl.backward(torch.ones(1500))
+    assert backward.bytes_read + backward.bytes_written == least * 1500
+    assert (q.grad is not None) == wanted[1]
+
+
+def total(p: Tensor, q: Tensor) -> Tensor:
+    return (token_kl(2 * p, q, estimator="k3") * token_kl(p, q)).sum()
+
+
+def test_compiles_into_one_graph(device) -> None:
+    p, q = torch.randn(2, 4, 50, device=device)
+    for wanted in (True, True), (False, True):
+        inputs = [x.requires_grad_(w) for x, w in zip((p, q), wanted, strict=True)]
+        leaves = [x for x in inputs if x.requires_grad]
+        loss, expected = compiled(total)(*inputs), total(*inputs)
+        assert torch.equal(loss, expected)
+        for x, y in zip(*(torch.autograd.grad(y, leaves) for y in (loss, expected)), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_registered_as_pytorch_asks(device) -> None:
+    p, q = torch.randn(2, 4, 5, device=device).requires_grad_()
+    torch.library.opcheck(_token_kl.registered, (p, q.mT.contiguous().mT, "k3"))
+    gradient = (torch.ones_like(p), p.detach(), q.detach(), "k3", False, True)
+    torch.library.opcheck(_token_kl_backward.registered, gradient)
+
+
+def test_autocast_changes_nothing_and_the_host_does_not_wait(device) -> None:
+    p, q = torch.randn(2, 40, device=device)
+    expected = run(token_kl, p, q, torch.ones_like(p), "k3")
+    with torch.autocast(device, dtype=torch.bfloat16), no_host_sync():
+        outputs = run(token_kl, p, q, torch.ones_like(p), "k3")
+    assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
+def test_in_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    p, q = torch.randn(2, 2000, device=device).unbind()
+
+    def outputs(p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+        return total(p, q), *torch.autograd.grad(total(p, q), p)
+
+    p.requires_grad_()
+    for x, y in zip(replayed(outputs, p, q), outputs(p, q), strict=True):
+        assert torch.equal(x, y)
 
 
 @IMPLEMENTATIONS

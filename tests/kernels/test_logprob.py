@@ -5,11 +5,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from tests.forked_world import run_world
+from tests.kernels.callers import LAYOUTS as MEMORY
+from tests.kernels.callers import laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import launch, reference
+from tetrad.kernels import launch, logprob, reference
 from tetrad.kernels.logprob import token_logprobs
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -20,6 +23,8 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 # One column has probability 1; 7 is less than a block and 128 one block exactly; 1000 is no power
 # of two; 50257 takes four splits, the last one ragged.
 SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 50257)]
+# 300 rows take three programs of _combine, the last one ragged.
+SIZES = [(N, V) for N in (0, 1, 5, 300) for V in (1, 7, 128, 1000, 50257)]
 
 
 def run(logprobs_of: Callable, logits: Tensor, tokens: Tensor, **options) -> list[Tensor]:
@@ -50,9 +55,67 @@ def test_matches_reference(rows, V, dtype, device, check) -> None:
     check((4 * torch.randn(*rows, V, device=device)).to(dtype), tokens, temperature=1.3)
 
 
-def test_many_rows(device, check) -> None:
-    """300 rows take three programs of _combine, the last one ragged."""
-    check(torch.randn(300, 7, device=device), torch.randint(7, (300,), device=device))
+@pytest.mark.parametrize("N, V", SIZES, ids=str)
+def test_any_size(N, V, device, assert_as_exact) -> None:
+    logits = 3 * torch.randn(N, V, device=device)
+    tokens = torch.randint(V, (N,), device=device)
+    tokens[10:] = torch.where(torch.arange(N, device=device)[10:] % 8 == 0, tokens[10:], -100)
+
+    def run(f, x) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = f(x, tokens)
+        y.sum().backward()
+        return y.detach(), x.grad
+
+    outputs = (run(token_logprobs, logits), run(reference.token_logprobs, logits))
+    for kernel, plain, truth in zip(*outputs, run(reference.token_logprobs, logits.double())):
+        assert_as_exact(kernel, plain, truth)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=strategies.data())
+def test_any_call(data, device, assert_as_exact) -> None:
+    """Shapes, strides, types, temperatures, padding and ignored tokens, as they come."""
+    draw = data.draw
+    torch.manual_seed(draw(strategies.integers(0, 9999)))
+    batch = draw(strategies.lists(strategies.integers(0, 4), max_size=3))
+    V = draw(strategies.integers(1, 300))
+    dtype = draw(strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    base = 5 * torch.randn(*batch, V + 3, device=device)
+    base[torch.rand_like(base) < draw(strategies.sampled_from([0.0, 0.3]))] = -torch.inf
+    base[..., 1] = 0.5  # some column is possible
+    logits = base.to(dtype)[..., 1 : V + 1]
+    if len(batch) > 1 and draw(strategies.booleans()):
+        logits = logits.transpose(0, 1)
+    if draw(strategies.booleans()):
+        logits = logits.flip(-1).mT.contiguous().mT if logits.dim() > 1 else logits
+    vocab_size = draw(strategies.none() | strategies.integers(1, V))
+    tokens = torch.randint(V if vocab_size is None else vocab_size, logits.shape[:-1])
+    tokens = torch.where(torch.rand(tokens.shape) < 0.3, -100, tokens).to(device)
+    if draw(strategies.booleans()):
+        tokens = tokens.int()
+    temperature = draw(strategies.floats(0.2, 5.0))
+    if draw(strategies.booleans()):
+        temperature = torch.rand(tokens.shape, device=device) + temperature
+    if vocab_size is not None:  # and -inf for the rest
+        logits = logits.clone()
+        logits[..., 0] = 0.5
+    chosen = logits.gather(-1, tokens.long().clamp(min=0)[..., None])[..., 0]
+    tokens = torch.where(chosen.isfinite(), tokens, -100)
+    options = {"temperature": temperature, "vocab_size": vocab_size}
+    outputs = [
+        run(f, x, tokens, **options)
+        for f, x in (
+            (token_logprobs, logits),
+            (reference.token_logprobs, logits),
+            (reference.token_logprobs, logits.double()),
+        )
+    ]
+    for kernel, plain, truth in zip(*outputs):
+        assert_as_exact(kernel, plain, truth)
+    logprobs, entropy, _ = outputs[0]
+    assert (logprobs <= 0).all()
+    assert (entropy >= -1e-6).all() and (entropy <= math.log(V) + 1e-5).all()
 
 
 @DTYPES
@@ -176,6 +239,13 @@ def test_any_strides(layout, device, assert_as_exact) -> None:
     assert torch.equal(base, before)
 
 
+@pytest.mark.parametrize("apart, start, V", [(40, 0, 33), (45, 0, 40), (48, 3, 40)], ids=str)
+def test_rows_that_only_seem_aligned(apart, start, V, device, check) -> None:
+    """40 columns of which 33 count; rows 45 apart; rows that begin 3 elements into 48."""
+    logits = torch.randn(4, apart, device=device)[:, start : start + 40]
+    check(logits, torch.tensor([0, V - 1, 20, -100], device=device), vocab_size=V)
+
+
 def test_offsets_beyond_32_bits(device) -> None:
     """Pages that are not touched cost nothing: the storage may be larger than the memory."""
     if device != "cpu":
@@ -201,6 +271,151 @@ def test_extreme_logits(dtype, device, check) -> None:
     tokens = torch.tensor([int(logits[0].argmax()), 0, 17, 250, 2], device=device)
     check(logits, tokens)
     check(logits, tokens, temperature=0.1)
+
+
+@IMPLEMENTATIONS
+def test_confident_tokens_keep_their_digits(logprobs_of, device) -> None:
+    """log p = -log1p(6 e^-m) and 1 - p, relatively exact though p rounds to 1 from m = 18 on."""
+    margins = torch.tensor([1.0, 10.0, 18.0, 30.0, 60.0], device=device)
+    logits = torch.zeros(5, 7, device=device)
+    logits[:, 3] = margins
+    logits.requires_grad_()
+    logprobs = logprobs_of(logits, torch.full((5,), 3, device=device))
+    rest = 6 * torch.exp(-margins.double())
+    torch.testing.assert_close(logprobs.double(), -rest.log1p(), rtol=3e-6, atol=0)
+    logprobs.sum().backward()
+    expected = rest / (1 + rest)
+    torch.testing.assert_close(logits.grad[:, 3].double(), expected, rtol=3e-6, atol=0)
+
+
+def test_closer_to_the_truth_than_pytorch(device) -> None:
+    """For bf16 logits: PyTorch rounds the log-softmax and its gradient's factors to bf16."""
+    logits = (3 * torch.randn(64, 1000, device=device)).bfloat16()
+    tokens = torch.randint(1000, (64,), device=device)
+
+    def run(f, x) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        y = f(x)
+        y.backward(torch.ones_like(y))
+        return y.detach().double(), x.grad.double()
+
+    ours = run(lambda x: token_logprobs(x, tokens), logits)
+    plain = run(lambda x: x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], logits)
+    truth = run(lambda x: x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], logits.double())
+    for x, y, z in zip(ours, plain, truth):
+        assert (x - z).abs().max() < (y - z).abs().max()
+        assert (x - z).abs().mean() < (y - z).abs().mean()
+
+
+def test_invariants(device) -> None:
+    logits = 4 * torch.randn(20, 999, device=device)
+    tokens = torch.randint(999, (20,), device=device)
+    logprobs, entropy, _ = run(token_logprobs, logits, tokens)
+    x = logits.clone().requires_grad_()
+    token_logprobs(x, tokens).sum().backward()
+    assert x.grad.double().sum(-1).abs().max() < 1e-6  # a shift of all logits changes nothing
+    shifted = run(token_logprobs, logits + 100, tokens)
+    torch.testing.assert_close(shifted[0], logprobs, rtol=0, atol=2e-5)  # 100 + x is rounded
+    order = torch.randperm(999, device=device)
+    moved = run(token_logprobs, logits[:, order], order.argsort()[tokens])
+    torch.testing.assert_close(moved[0], logprobs, rtol=0, atol=4e-6)
+    torch.testing.assert_close(moved[1], entropy, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("row", ["nothing possible", "+inf", "nan"])
+def test_rows_without_a_softmax_are_nan_as_in_pytorch(row, device) -> None:
+    logits = torch.randn(2, 300, device=device)
+    if row == "nothing possible":
+        logits[0] = -torch.inf
+    else:
+        logits[0, 5] = torch.inf if row == "+inf" else torch.nan
+    tokens = torch.tensor([5, 5], device=device)
+    ours = token_logprobs(logits, tokens)
+    assert ours.isnan().tolist() == logits.log_softmax(-1)[:, 5].isnan().tolist() == [True, False]
+
+
+def test_inplace_backward_writes_over_the_logits(device) -> None:
+    base = torch.randn(3, 40, device=device)
+    tokens = torch.tensor([1, -100, 39], device=device)
+    expected = base.clone().requires_grad_()
+    token_logprobs(expected, tokens).sum().backward()
+    logits = base.clone().requires_grad_()
+    computed = logits * 1.0
+    token_logprobs(computed, tokens, inplace_backward=True).sum().backward()
+    assert torch.equal(computed.detach(), expected.grad)
+    assert torch.equal(logits.grad, expected.grad)
+    with pytest.raises(ValueError, match="inplace_backward"):
+        token_logprobs(logits[:1].expand(3, 40), tokens, inplace_backward=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*aot_eager.*")
+def test_compiles_into_one_graph(device) -> None:
+    tokens = torch.tensor([[1, -100, 3]], device=device)
+
+    def loss(x: Tensor) -> Tensor:
+        logprobs, entropy = token_logprobs(2 * x[:, :-1], tokens, entropy=True, temperature=0.7)
+        return (logprobs + 0.1 * entropy).sum()
+
+    x = torch.randn(1, 4, 40, device=device, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(x)
+    compiled.backward()
+    loss(y).backward()
+    assert torch.equal(compiled, loss(y)) and torch.equal(x.grad, y.grad)
+
+
+def test_registered_as_pytorch_asks(device) -> None:
+    x = torch.randn(1, 3, 8, device=device, requires_grad=True)
+    tokens = torch.tensor([1, -100, 3], device=device)
+    arguments = (x, tokens, 0.7, None, True, -100, 0, 8, None, False)
+    torch.library.opcheck(logprob._token_logprobs.registered, arguments)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_stays_inside_its_inputs(memory, device) -> None:
+    """Up to the end of an allocation, not aligned, between NaN: Traffic stops any other access."""
+    if device != "cpu":
+        pytest.skip("accesses are watched in the interpreter")
+    logits, tokens = torch.randn(5, 13), torch.tensor([1, 2, -100, 0, 12])
+    temperature = torch.rand(5) + 0.5
+    expected = run(token_logprobs, logits, tokens, temperature=temperature)
+    with Traffic():
+        outputs = run(
+            token_logprobs, laid_out(logits, memory), laid_out(tokens, memory),
+            temperature=laid_out(temperature, memory),
+        )  # fmt: skip
+    for y, y_expected in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(y, y_expected)
+
+
+def test_never_waits_for_the_device(device) -> None:
+    logits, tokens = torch.randn(5, 13, device=device), torch.tensor([1, 2, -100, 0, 12])
+    logits.requires_grad_()
+    with no_host_sync():
+        logprobs, entropy = token_logprobs(logits, tokens.to(device), entropy=True)
+        (logprobs + entropy).sum().backward()
+
+
+def test_replays_from_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    logits = torch.randn(5, 5000, device=device, requires_grad=True)
+    tokens = torch.randint(5000, (5,), device=device)
+
+    def both(logits: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        logprobs, entropy = token_logprobs(logits, tokens, entropy=True)
+        return logprobs, entropy, *torch.autograd.grad((logprobs + entropy).sum(), logits)
+
+    for x, y in zip(replayed(both, logits, tokens), both(logits, tokens), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_autocast_changes_nothing(device) -> None:
+    logits, tokens = torch.randn(4, 40, device=device), torch.tensor([1, 2, -100, 3], device=device)
+    expected = run(token_logprobs, logits, tokens)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        outputs = run(token_logprobs, logits, tokens)
+    assert all(torch.equal(x, y) for x, y in zip(outputs, expected))
 
 
 @IMPLEMENTATIONS
@@ -295,7 +510,7 @@ def test_bad_input_is_refused(logprobs_of, message) -> None:
 
 # 45 of 50 columns count: the second of two shards ends in padding, the third of three is nothing
 # but padding, and no shard is as wide as another.
-SHARDS = {1: [50], 2: [37, 13], 3: [20, 27, 3]}
+SHARDS = {1: [50], 2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}
 
 
 @pytest.mark.parametrize("ranks", SHARDS)

@@ -1,10 +1,13 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
+from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import ppo_loss, reference
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
@@ -16,7 +19,7 @@ AGGREGATIONS = pytest.mark.parametrize("aggregation", ["token-mean", "sequence-m
 
 def run(loss_of: Callable, x: Tensor, *inputs: Tensor, **options) -> dict[str, Tensor]:
     """The loss, its statistics, and the gradient of three times the loss."""
-    x = x.detach().clone().requires_grad_()
+    x = x.detach().requires_grad_()
     loss, stats = loss_of(x, *inputs, **options)
     (3 * loss).backward()
     assert not any(y.requires_grad for y in stats.values())
@@ -104,13 +107,81 @@ def test_matches_reference(name, aggregation, dtype, B, T, device, assert_as_exa
         assert_as_exact(kernel[key], plain[key], truth[key])
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=strategies.data())
 @LOSSES
-def test_gradients_in_fp64(name, device) -> None:
+def test_any_call(data, name, device, assert_as_exact) -> None:
+    """Shapes, masks, types, layouts and options as they come; what is masked is poison, programs
+    run in any order, nothing but the inputs is touched, and the two halves add up."""
+    draw = data.draw
+    torch.manual_seed(draw(strategies.integers(0, 99)))
+    B, T = draw(strategies.integers(0, 4)), draw(strategies.sampled_from([0, 1, 9, 600]))
+    types = strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    layouts = strategies.sampled_from(LAYOUTS)
+    mask = torch.rand(B, T, device=device) < draw(strategies.sampled_from([0.0, 0.5, 0.9, 1.0]))
+    clean = [x.to(draw(types)) for x in batch(B, T, device)[:3]]
+    poison = draw(strategies.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    inputs = [laid_out(torch.where(mask, x, poison), draw(layouts)) for x in clean]
+    typed = laid_out(mask.to(draw(strategies.sampled_from([torch.bool, torch.int64]))), "sliced")
+    n = draw(strategies.sampled_from([None, 7, 0.5, torch.tensor(3, device=device)]))
+    options = {
+        "aggregation": draw(strategies.sampled_from(["token-mean", "sequence-mean"])),
+        "clip_range": draw(strategies.sampled_from([0.1, 0.3])),
+        "denominator": n,
+    }
+    if name == "policy_loss":
+        options["dual_clip"] = draw(strategies.sampled_from([None, 1.5]))
+    kernel, plain_of = getattr(ppo_loss, name), getattr(reference, name)
+    got = run(kernel, *inputs, typed, **options)
+    plain = run(plain_of, *clean, mask, **options)
+    truth = run(plain_of, *(x.double() for x in clean), mask, **options)
+    fp64 = got["loss"].dtype == torch.float64
+    for key in truth:
+        floor = 4e-6 * max(1.0, truth[key].abs().max().item() if truth[key].numel() else 0)
+        if fp64 and key != "gradient":
+            floor = 1e-13
+        assert_as_exact(got[key], plain[key], truth[key], floor=floor)
+    if device == "cpu":
+        with Traffic(order=np.random.default_rng(0).permutation) as traffic:
+            shuffled = run(kernel, *inputs, typed, **options)
+        assert all(torch.equal(shuffled[key], got[key]) for key in got)
+        assert len(traffic.launches) == 1
+
+    if n is not None:
+        halves = [
+            run(kernel, *(x[rows] for x in (*inputs, typed)), **options)
+            for rows in (slice(0, B // 2), slice(B // 2, B))
+        ]
+        for key in set(got) - {"gradient", "ratio_max"}:
+            total = halves[0][key] + halves[1][key]
+            torch.testing.assert_close(total, got[key], atol=1e-5, rtol=1e-5)
+        assert torch.equal(torch.cat([half["gradient"] for half in halves]), got["gradient"])
+
+
+@BOTH
+@LOSSES
+def test_gradients_in_fp64(ops, name, device) -> None:
     *inputs, mask = batch(2, 5, device)
     x, *constants = [y.double() for y in inputs]
-    assert torch.autograd.gradcheck(
-        lambda x: getattr(ppo_loss, name)(x, *constants, mask)[0], x.requires_grad_()
-    )
+    for aggregation in "token-mean", "sequence-mean":
+        assert torch.autograd.gradcheck(
+            lambda x, a=aggregation: getattr(ops, name)(x, *constants, mask, aggregation=a)[0],
+            x.requires_grad_(),
+        )
+
+
+@pytest.mark.parametrize("order", [lambda n: range(n)[::-1], np.random.default_rng(0).permutation],
+                         ids=["reverse", "random"])  # fmt: skip
+@LOSSES
+def test_the_order_of_programs_does_not_show(name, order, device) -> None:
+    """Nine programs; whichever is the last adds up the same numbers in the same order."""
+    if device != "cpu":
+        pytest.skip("the order is the interpreter's")
+    inputs = batch(3, 1500, device)
+    expected = run(getattr(ppo_loss, name), *inputs)
+    with Traffic(order=order):
+        got = run(getattr(ppo_loss, name), *inputs)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
 @BOTH
@@ -187,21 +258,101 @@ def test_parts_add_up_to_the_whole(name, aggregation, device) -> None:
 def test_when_a_program_has_several_rows(name, device, monkeypatch) -> None:
     inputs = batch(9, 700, device)
     expected = run(getattr(ppo_loss, name), *inputs)
-    monkeypatch.setattr("tetrad.kernels.advantages.MAX_PROGRAMS", 3)
+    monkeypatch.setattr("tetrad.kernels.launch.MAX_PROGRAMS", 3)
     got = run(getattr(ppo_loss, name), *inputs)
     for key in expected:
         torch.testing.assert_close(got[key], expected[key], atol=2e-6, rtol=1e-5)
 
 
 @LOSSES
-def test_bytes_per_token(name, device) -> None:
+@pytest.mark.parametrize("aggregation, least", [("token-mean", 17), ("sequence-mean", 18)])
+def test_bytes_per_token_in_one_launch(name, aggregation, least, device) -> None:
     if device != "cpu":
         pytest.skip("bytes are counted in the interpreter")
     *inputs, mask = batch(4, 1024, device)
     x = inputs[0].requires_grad_()
+    loss_of = getattr(ppo_loss, name)
     with Traffic() as traffic:
-        getattr(ppo_loss, name)(x, *inputs[1:], mask)
-    assert 17 <= (traffic.bytes_read + traffic.bytes_written) / mask.numel() < 17.2
+        loss_of(x, *inputs[1:], mask, aggregation=aggregation)
+    per_token = (traffic.bytes_read + traffic.bytes_written) / mask.numel()
+    assert least <= per_token < least + 0.2 and len(traffic.launches) == 1
+    with Traffic() as traffic, torch.no_grad():
+        loss_of(x, *inputs[1:], mask, aggregation=aggregation)
+    per_token = (traffic.bytes_read + traffic.bytes_written) / mask.numel()
+    assert least - 4 <= per_token < least - 4 + 0.2  # without the gradient
+
+
+def calls(x: Tensor, old: Tensor, target: Tensor, mask: Tensor, n: Tensor) -> tuple[Tensor, ...]:
+    """Both losses, padded and packed, with the gradient of their sum."""
+    bounds = torch.tensor([0, 40, 40, x.numel()], device=x.device).int()
+    flat = [y.reshape(-1) for y in (2 * x, old, target, mask)]
+    per_sequence = {"aggregation": "sequence-mean", "cu_seqlens": bounds}
+    results = (
+        policy_loss(x, old, target, mask, dual_clip=2.0, denominator=n),
+        policy_loss(*flat, **per_sequence),
+        value_loss(x, old, target, mask, denominator=70),
+        value_loss(*flat, denominator=2.5, **per_sequence),
+    )
+    total = sum((i + 1) * loss for i, (loss, _) in enumerate(results))
+    return total, *(y for _, stats in results for y in stats.values())
+
+
+def with_gradient(f: Callable, x: Tensor, *inputs: Tensor) -> list[Tensor]:
+    x = x.detach().clone().requires_grad_()
+    total, *stats = f(x, *inputs)
+    assert not any(y.requires_grad for y in stats)
+    return [total.detach(), *stats, *torch.autograd.grad(total, x)]
+
+
+def test_compiles_into_one_graph(device) -> None:
+    inputs = [*batch(3, 30, device), torch.tensor(50.0, device=device)]
+    expected = with_gradient(calls, *inputs)
+    for x, y in zip(with_gradient(compiled(calls), *inputs), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)  # the sum of gradients is ordered
+
+
+@LOSSES
+def test_compiled_gradients_are_the_same_bits(name, device) -> None:
+    inputs = batch(3, 30, device)
+    loss_of = getattr(ppo_loss, name)
+    expected = run(loss_of, *inputs)
+    got = run(compiled(loss_of, dynamic=True), *inputs)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+@LOSSES
+def test_registered_as_pytorch_asks(name, device) -> None:
+    x, old, target, mask = batch(3, 7, device)
+    clip = (0.2, 2.0) if name == "policy_loss" else (0.2,)
+    for n, wanted, aggregation in (None, True, "token-mean"), (mask.sum(), False, "sequence-mean"):
+        torch.library.opcheck(
+            getattr(ppo_loss, f"_{name}").registered,
+            (x.requires_grad_(wanted), old, target, wanted, mask.mT.contiguous().mT, None, 0.0, n,
+             aggregation, *clip),
+        )  # fmt: skip
+
+
+def test_autocast_changes_nothing_and_the_host_does_not_wait(device) -> None:
+    inputs = [*batch(3, 30, device), torch.tensor(50.0, device=device)]
+    expected = with_gradient(calls, *inputs)
+    with torch.autocast(device, dtype=torch.bfloat16), no_host_sync():
+        got = with_gradient(calls, *inputs)
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+
+
+def test_in_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    x, old, target, mask = batch(8, 500, device)
+
+    def outputs(x: Tensor, old: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        loss, stats = policy_loss(x, old, target, mask)
+        error, _ = value_loss(x, old, target, mask, aggregation="sequence-mean", denominator=8)
+        return loss, error, *stats.values(), *torch.autograd.grad(loss + error, x)
+
+    x.requires_grad_()
+    for got, y in zip(replayed(outputs, x, old, target), outputs(x, old, target), strict=True):
+        assert torch.equal(got, y)
 
 
 def test_statistics_may_change_in_place_before_backward(device) -> None:

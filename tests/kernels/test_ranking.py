@@ -1,9 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from torch import Tensor
 
+from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
+from tests.kernels.traffic import Traffic
 from tetrad.kernels import ranking, reference
 from tetrad.kernels.ranking import ranking_loss
 
@@ -15,7 +19,7 @@ def bounds(*K: int, device: str) -> Tensor:
 
 
 def run(loss_of, scores: Tensor, *args, **options) -> list[Tensor]:
-    scores = scores.detach().clone().requires_grad_()
+    scores = scores.detach().requires_grad_()
     loss, accuracy = loss_of(scores, *args, **options)
     (3 * loss).backward()
     assert not accuracy.requires_grad
@@ -52,10 +56,106 @@ def test_matches_reference(K, dtype, device, assert_as_exact) -> None:
         assert_as_exact(*outputs)
 
 
-def test_gradients_in_fp64(device) -> None:
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=strategies.data())
+def test_any_call(data, device, assert_as_exact) -> None:
+    """Prompts, types, layouts and denominators as they come; programs run in any order, nothing
+    but the inputs is touched, and two parts add up."""
+    draw = data.draw
+    torch.manual_seed(draw(strategies.integers(0, 99)))
+    K = draw(strategies.lists(strategies.integers(0, 20), max_size=5))
+    types = strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    layouts = strategies.sampled_from(LAYOUTS)
+    ints = strategies.sampled_from([torch.int32, torch.int64])
+    scores = laid_out((2 * torch.randn(sum(K), device=device)).to(draw(types)), draw(layouts))
+    ranks = torch.randint(1, draw(strategies.integers(2, 9)), (sum(K),), device=device)
+    ranks = laid_out(ranks.to(draw(ints)), draw(layouts))
+    cu = laid_out(bounds(*K, device=device).to(draw(ints)), draw(layouts))
+    n = draw(strategies.sampled_from([None, 3, 0.5, torch.tensor(2.0, device=device)]))
+    got = run(ranking_loss, scores, ranks, cu, denominator=n)
+    plain = run(reference.ranking_loss, scores, ranks, cu, denominator=n)
+    truth = run(reference.ranking_loss, scores.double(), ranks, cu, denominator=n)
+    for x, y, exact in zip(got, plain, truth, strict=True):
+        assert_as_exact(x, y, exact, floor=1e-13 if x.dtype == torch.float64 else 4e-6)
+    if device == "cpu":
+        with Traffic(order=np.random.default_rng(0).permutation) as traffic:
+            shuffled = run(ranking_loss, scores, ranks, cu, denominator=n)
+        assert all(torch.equal(x, y) for x, y in zip(shuffled, got, strict=True))
+        assert len(traffic.launches) == 1
+    if n is not None:
+        cut = sum(K[:2])
+        parts = [
+            run(ranking_loss, scores[:cut], ranks[:cut], cu[:3], denominator=n),
+            run(ranking_loss, scores[cut:], ranks[cut:], cu[2:] - cut, denominator=n)
+            if len(K) > 1 else [0, 0, scores[:0]],
+        ]  # fmt: skip
+        assert torch.equal(torch.cat([part[2] for part in parts]), got[2])
+        for i in range(2):
+            torch.testing.assert_close(parts[0][i] + parts[1][i], got[i], atol=1e-5, rtol=1e-5)
+
+
+@BOTH
+def test_gradients_in_fp64(ops, device) -> None:
     scores = torch.randn(20, dtype=torch.float64, device=device, requires_grad=True)
     ranks, cu = torch.randint(1, 4, (20,), device=device), bounds(3, 17, device=device)
-    assert torch.autograd.gradcheck(lambda s: ranking_loss(s, ranks, cu)[0], scores, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda s: ops.ranking_loss(s, ranks, cu)[0], scores, fast_mode=True
+    )
+
+
+def test_bytes_per_completion_in_one_launch(device) -> None:
+    """Ranks in both roles to count the pairs, and both again with the scores; the gradient."""
+    if device != "cpu":
+        pytest.skip("bytes are counted in the interpreter")
+    K = 16 * [9]
+    scores, ranks = torch.randn(sum(K), requires_grad=True), torch.randint(1, 5, (sum(K),)).int()
+    cu = bounds(*K, device=device)
+    with Traffic() as traffic:
+        ranking_loss(scores, ranks, cu)
+    least = 28 * sum(K) + 16 * (8 + 24)  # a program each: its bounds, its parts there and back
+    assert least <= traffic.bytes_read + traffic.bytes_written <= least + 16 * 8 + 12
+    assert len(traffic.launches) == 1
+    with Traffic() as without_gradient, torch.no_grad():
+        ranking_loss(scores, ranks, cu)
+    assert without_gradient.bytes_written == traffic.bytes_written - 4 * sum(K)
+
+
+def test_compiles_into_one_graph(device) -> None:
+    """With either kind of denominator; and the host does not wait, autocast changes nothing."""
+    ranks, cu = torch.randint(1, 5, (12,), device=device), bounds(4, 8, device=device)
+    for n in None, 3.0, torch.tensor(3, device=device):
+
+        def loss_of(scores: Tensor, n=n) -> tuple[Tensor, Tensor]:
+            return ranking_loss(2 * scores, ranks, cu, denominator=n)
+
+        scores = torch.randn(12, device=device)
+        expected = run(loss_of, scores)
+        with torch.autocast(device, dtype=torch.bfloat16), no_host_sync():
+            again = run(loss_of, scores)
+        traced = run(compiled(loss_of), scores)
+        for x, y, z in zip(expected, again, traced, strict=True):
+            assert torch.equal(x, y) and torch.equal(x, z)
+
+
+def test_registered_as_pytorch_asks(device) -> None:
+    scores, ranks = torch.randn(7, device=device), torch.randint(1, 5, (7,), device=device)
+    for n, wanted in (None, True), (torch.tensor(2, device=device), False):
+        inputs = (scores.requires_grad_(wanted), wanted, ranks, bounds(3, 4, device=device), 0.0, n)
+        torch.library.opcheck(ranking._ranking_loss.registered, inputs)
+
+
+def test_in_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    ranks, cu = torch.randint(1, 5, (24,), device=device), bounds(4, 0, 20, device=device)
+    scores = torch.randn(24, device=device, requires_grad=True)
+
+    def outputs(scores: Tensor) -> tuple[Tensor, ...]:
+        loss, accuracy = ranking_loss(scores, ranks, cu)
+        return loss, accuracy, *torch.autograd.grad(loss, scores)
+
+    for x, y in zip(replayed(outputs, scores), outputs(scores), strict=True):
+        assert torch.equal(x, y)
 
 
 @BOTH
@@ -99,7 +199,7 @@ def test_a_prompt_does_not_feel_its_neighbours_and_runs_repeat(device, monkeypat
     assert all(torch.equal(x, y) for x, y in zip(together, again, strict=True))
     alone = run(ranking_loss, scores[9:], ranks[9:], bounds(20, device=device), denominator=1)
     assert torch.equal(together[2][9:], alone[2])
-    monkeypatch.setattr("tetrad.kernels.advantages.MAX_PROGRAMS", 1)
+    monkeypatch.setattr("tetrad.kernels.launch.MAX_PROGRAMS", 1)
     single = run(ranking_loss, scores, ranks, bounds(9, 20, device=device), denominator=1)
     torch.testing.assert_close(single, together)
 

@@ -1,0 +1,368 @@
+"""Log-probability of tokens from hidden states and the unembedding; the logits are never stored.
+
+    x = hidden @ weight.T + bias, in fp32, and then as in logprob.py
+
+With a gradient asked for, the matrix products are cuBLAS's and work goes in pieces of CHUNK_BYTES:
+
+    forward     for some rows at a time: x, the parts of its rows               1 product (2 N V d)
+    backward    for some columns at a time, over all rows: x again, dx in the type of the inputs,
+                dweight = dx.T @ hidden, written once; dhidden += dx @ weight, in fp32
+                                                                3 products; 2 with save_logits
+
+The other order of the loops would need a (V, d) accumulator in fp32. Without a gradient, `_fused`
+keeps x in registers: one launch, no workspace, and a row's result does not depend on its batch.
+In both, x is not rounded to the inputs' type: a bf16 logit of 20 is off by up to 0.06, and so would
+be the log of a PPO ratio. Saved: the inputs, M, S, R, H per row; with save_logits x too (N V fp32).
+
+Moved beside the products, in bytes: forward 8 N V (x written and read), backward 12 N V (x written
+and read, dx written and read) with 2-byte inputs. Over a group: one all-gather of 3 or 4 numbers
+per row forward, one all-reduce of dhidden backward. Meaning: `reference.linear_token_logprobs`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tetrad.kernels import reference
+from tetrad.kernels.launch import all_reduce, group_name, op, runs_kernel
+from tetrad.kernels.logprob import (
+    LOG2E,
+    columns_that_count,
+    finish_parts,
+    join_parts,
+    online,
+    outputs,
+    per_token,
+    row_parts,
+    write_dlogits,
+)
+
+CHUNK_BYTES = 2**30  # of fp32 logits at a time
+TILES_PER_SPLIT = 32  # tiles of columns that a program of _fused walks
+
+
+@triton.jit(do_not_specialize=["ignore_index", "vocab_start", "N"])
+def _fused(
+    parts_ptr,  # (splits, 3 or 4, N) fp32, out
+    hidden_ptr,  # (N, d) float
+    weight_ptr,  # (V, d) float
+    bias_ptr,  # (V,) float, or None
+    tokens_ptr,  # (N,) int
+    temperature,  # a number, or (N,) fp32
+    ignore_index,
+    vocab_start,
+    hidden_stride,
+    weight_stride,
+    V,  # columns that count
+    d,
+    N,
+    PER_TOKEN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < N
+    first = tl.program_id(1) * SPLIT
+    token = tl.load(tokens_ptr + rows, mask=inside, other=0).to(tl.int64)
+    counted = inside & (token != ignore_index)
+    t = tl.load(temperature + rows, mask=inside, other=1.0) if PER_TOKEN else temperature
+    scale = tl.zeros([ROWS], tl.float32) + LOG2E / t
+    column = token - vocab_start
+    hit = tl.where((column >= first) & (column < V), column, -1).to(tl.int32)
+    end = tl.minimum(first + SPLIT, V)
+    end = tl.where(tl.max(counted.to(tl.int32), 0) == 0, first, end)
+
+    depth = tl.arange(0, DEPTH)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS], tl.float32)
+    target = tl.full([ROWS], -float("inf"), tl.float32)
+    for start in range(first, end, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        hidden_at = hidden_ptr + rows[:, None] * hidden_stride + depth[None, :]
+        weight_at = weight_ptr + columns.to(tl.int64)[None, :] * weight_stride + depth[:, None]
+        x = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, d, DEPTH):
+            left = (depth < d - k)[None, :]
+            hidden = tl.load(hidden_at + k, mask=counted[:, None] & left, other=0.0)
+            left = (depth < d - k)[:, None]
+            weight = tl.load(weight_at + k, mask=(columns < V)[None, :] & left, other=0.0)
+            x = tl.dot(hidden, weight, x, input_precision="ieee")
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        x = tl.where((columns < V)[None, :], x, -float("inf"))
+        own = columns[None, :] == hit[:, None]
+        is_here = (hit >= start) & (hit < start + COLUMNS)
+        target = tl.where(is_here, tl.sum(tl.where(own, x, 0.0), 1), target)
+        x = tl.where(own, -float("inf"), x)
+        top, total, weighted = online(top, total, weighted, x, scale, ENTROPY)
+
+    parts_ptr += tl.program_id(1).to(tl.int64) * (4 if ENTROPY else 3) * N + rows
+    tl.store(parts_ptr, top, mask=inside)
+    tl.store(parts_ptr + N, total, mask=inside)
+    tl.store(parts_ptr + 2 * N.to(tl.int64), target, mask=inside)
+    if ENTROPY:
+        tl.store(parts_ptr + 3 * N.to(tl.int64), weighted, mask=inside)
+
+
+def fused_parts(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, t: float | Tensor,
+    entropy: bool, ignore_index: int, vocab_start: int, V: int,
+) -> Tensor:  # fmt: skip
+    """Parts (splits, 3 or 4, N) of the rows of hidden @ weight.T + bias, made in registers."""
+    N, d = hidden.shape
+    if hidden.dtype == torch.float32:  # no tensor cores without rounding to tf32
+        tile = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8, "num_stages": 2}
+    else:  # a DEPTH of 64, or 256 columns, spill on sm_80
+        tile = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 3}
+    split = TILES_PER_SPLIT * tile["COLUMNS"]
+    parts = hidden.new_empty(max(triton.cdiv(V, split), 1), 3 + entropy, N, dtype=torch.float32)
+    if N:
+        _fused[(triton.cdiv(N, tile["ROWS"]), len(parts))](
+            parts, hidden, weight, bias, tokens, t, ignore_index, vocab_start, hidden.stride(0),
+            weight.stride(0), V, d, N, PER_TOKEN=isinstance(t, Tensor), ENTROPY=entropy,
+            SPLIT=split, **tile,
+        )  # fmt: skip
+    return parts
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, summed and left in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias in fp32, as (1, rows, columns)."""
+    x = matmul(hidden, weight.t())
+    if bias is not None:
+        x += bias
+    return x[None]
+
+
+def pieces(n: int, width: int, multiple: int) -> list[slice]:
+    """0 … n in slices of CHUNK_BYTES of fp32, where one step is `width` numbers wide."""
+    step = max(CHUNK_BYTES // (4 * max(width, 1)), 1)
+    step = step // multiple * multiple or step
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def chunk_parts(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, t: float | Tensor,
+    entropy: bool, ignore_index: int, vocab_start: int, V: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The joined part (3 or 4, rows) of every row of one chunk, and its logits (1, rows, V)."""
+    x = logits_of(hidden, weight[:V], None if bias is None else bias[:V])
+    parts = row_parts(x, tokens, t, entropy, ignore_index, vocab_start, V)
+    joined = torch.empty_like(parts[0])
+    join_parts(parts, joined, tokens, t)
+    return joined, x
+
+
+def input_gradients(
+    dlogits: Callable[[slice], Tensor], slices: list[slice], hidden: Tensor, weight: Tensor,
+    bias: Tensor | None, counted: Tensor | None, V: int, group: str | None, need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias, (0,) where not needed, from slices of columns.
+
+    dlogits(columns) makes the gradient (N, columns) of some logits, 0 in rows that do not count.
+    """
+    dhidden, dweight, dbias = gradients_like(hidden, weight, bias, need_hidden, need_weight)
+    dweight[V:].zero_()
+    dbias[V:].zero_()
+    if need_weight and counted is not None:  # 0 * NaN in a matrix product would be NaN
+        counted_hidden = torch.where(counted[:, None], hidden, 0)
+    else:
+        counted_hidden = hidden
+    total = torch.zeros_like(dhidden, dtype=torch.float32)
+    for columns in slices:
+        dx = dlogits(columns)
+        if need_weight:
+            torch.mm(dx.t(), counted_hidden, out=dweight[columns])
+        if need_hidden:
+            total += matmul(dx, weight[columns])
+        if bias is not None:
+            dbias[columns] = dx.sum(0, dtype=torch.float32)
+    if need_hidden and group is not None:
+        all_reduce(total, group)
+    return dhidden.copy_(total), dweight, dbias
+
+
+def gradients_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients of hidden, weight and bias; (0,) where not needed."""
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        weight.new_empty(0 if bias is None else bias.shape),
+    )
+
+
+def _allocate(hidden: Tensor, tokens: Tensor, entropy: bool, columns: int) -> tuple[Tensor, ...]:
+    x = hidden.new_empty(1, len(hidden), columns, dtype=torch.float32)
+    return *outputs(hidden, tokens, entropy=entropy), x
+
+
+@op(
+    lambda hidden, weight, bias, tokens, t, per_token, entropy, i, start, V, group, g, save_logits:
+    _allocate(hidden, tokens, entropy, V if save_logits else 0)
+)  # fmt: skip
+def _linear_token_logprobs(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V or more, d)
+    bias: Tensor | None,
+    tokens: Tensor,  # (N,)
+    temperature: float,
+    temperatures: Tensor | None,  # (N,) fp32, in its place
+    entropy: bool,
+    ignore_index: int,
+    vocab_start: int,
+    V: int,
+    group: str | None,
+    with_gradient: bool,
+    save_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t = temperature if temperatures is None else temperatures
+    vocabulary = (entropy, ignore_index, vocab_start, V)
+    N = len(hidden)
+    logits = hidden.new_empty(1, N, 0, dtype=torch.float32)
+    if with_gradient:
+        parts = logits.new_empty(1, 3 + entropy, N)
+        for rows in [slice(0, N)] if save_logits else pieces(N, V, 128):
+            rows_t = t[rows] if isinstance(t, Tensor) else t
+            joined, x = chunk_parts(hidden[rows], weight, bias, tokens[rows], rows_t, *vocabulary)
+            parts[0, :, rows] = joined
+            logits = x if save_logits else logits
+            del x  # before the next piece is made
+    else:
+        parts = fused_parts(hidden, weight, bias, tokens, t, *vocabulary)
+    return *finish_parts(parts, tokens, t, ignore_index, group), logits
+
+
+@op(lambda dlogprobs, dentropy, hidden, weight, bias, *rest: gradients_like(
+    hidden, weight, bias, *rest[-2:]
+))  # fmt: skip
+def _linear_token_logprobs_backward(
+    dlogprobs: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    logits: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    saved: Tensor,
+    entropies: Tensor,
+    ignore_index: int,
+    vocab_start: int,
+    V: int,
+    group: str | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    t = temperature if temperatures is None else temperatures
+
+    def dlogits(columns: slice) -> Tensor:
+        if logits.numel():
+            x = logits[:, :, columns]
+        else:
+            x = logits_of(hidden, weight[columns], None if bias is None else bias[columns])
+        dx = torch.empty(x.shape, dtype=hidden.dtype, device=x.device)
+        write_dlogits(
+            dx, dlogprobs, dentropy, x, tokens, t, saved, entropies, ignore_index,
+            vocab_start + columns.start, x.shape[2],
+        )  # fmt: skip
+        return dx[0]
+
+    return input_gradients(
+        dlogits, pieces(V, len(hidden), 1024), hidden, weight, bias, tokens != ignore_index, V,
+        group, need_hidden, need_weight,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, tokens, ctx.temperature, temperatures, _, *ctx.vocabulary, _, _ = inputs
+    _, entropies, saved, logits = output
+    ctx.save_for_backward(hidden, weight, bias, tokens, logits, temperatures, saved, entropies)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, *_) -> tuple:
+    hidden, weight, bias, tokens, logits, temperatures, *saved = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    gradients = (None, None, None)
+    if dlogprobs is not None or dentropy is not None:
+        gradients = _linear_token_logprobs_backward(
+            dlogprobs, dentropy, hidden, weight, bias, tokens, logits, ctx.temperature,
+            temperatures, *saved, *ctx.vocabulary, need_hidden, need_weight,
+        )  # fmt: skip
+    wanted = zip(gradients, ctx.needs_input_grad)
+    return *(x if need else None for x, need in wanted), *(None,) * 10
+
+
+_linear_token_logprobs.differentiate(_setup_context, _gradient)
+
+
+def row_contiguous(x: Tensor) -> Tensor:
+    """x (..., d) as a matrix whose rows are contiguous."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    entropy: bool = False,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    save_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` of hidden @ weight.T + bias: (..., d), (V, d), (...) -> (...) fp32, in nats.
+
+    The logits are made in fp32, whatever the inputs' type, and not kept. Differentiable in hidden,
+    weight and bias; the other arguments are those of `token_logprobs`. Rows of hidden whose token
+    is ignore_index, and rows of weight at or beyond vocab_size, may hold anything. Under autocast
+    hidden, weight and bias are cast as torch.nn.Linear casts them.
+    group: this rank holds the rows [vocab_start, vocab_start + V) of the whole weight; hidden is
+    the same on every rank, and so is its gradient: the sum over the group is made here, once.
+    save_logits: keep the fp32 logits for backward: 4 N V bytes more, one product of four less.
+    fp64 runs the reference. Raises ValueError when shapes, dtypes or devices do not fit.
+    """
+    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
+    reference._check_linear(hidden, weight, bias, tokens)
+    if not runs_kernel(hidden) or hidden.dtype == torch.float64:
+        return reference.linear_token_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=temperature, entropy=entropy,
+            ignore_index=ignore_index, vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+        )  # fmt: skip
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    with_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias)
+    )
+    logprobs, entropies, _, _ = _linear_token_logprobs(
+        row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
+        *per_token(temperature, tokens), entropy, ignore_index, vocab_start,
+        columns_that_count(len(weight), vocab_start, vocab_size), group_name(group), with_gradient,
+        save_logits and with_gradient,
+    )  # fmt: skip
+    logprobs = logprobs.view(tokens.shape)
+    return (logprobs, entropies.view(tokens.shape)) if entropy else logprobs

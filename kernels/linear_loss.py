@@ -1,0 +1,327 @@
+"""Losses on hidden @ weight.T whose gradient is made in the forward pass: three products, not four.
+
+The gradient of a token's log-prob is known as soon as its log-prob is: -1 / n for cross-entropy,
+the slope of the clipped surrogate over n for PPO. So, for ROWS rows at a time,
+
+    x = hidden @ weight.T + bias; log p of the rows; dx, from x and the slope
+    dhidden = dx @ weight,  dweight += dx.T @ hidden
+
+with x and the sum of dweight in fp32, and backward is one multiplication by the upstream gradient.
+Memory: 4 + 2 bytes for ROWS x V logits, 4 V d for the sum of dweight, and the gradients themselves.
+Over a group: one all-gather of 3 numbers per row for each piece, one all-reduce of dhidden.
+Meaning: `reference.linear_cross_entropy`, `reference.linear_policy_loss`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tetrad.kernels import reference
+from tetrad.kernels.launch import (
+    all_reduce,
+    group_name,
+    number_or_tensor,
+    op,
+    refuse_gradients,
+    runs_kernel,
+)
+from tetrad.kernels.linear_logprob import (
+    chunk_parts,
+    gradients_like,
+    linear_token_logprobs,
+    matmul,
+    row_contiguous,
+)
+from tetrad.kernels.logprob import columns_that_count, finish_parts, per_token, write_dlogits
+from tetrad.kernels.ppo_loss import POLICY_STATISTICS, _policy_loss, policy_loss
+
+ROWS = 2048  # at a time, on every rank of a group, however wide its shard of the vocabulary
+IGNORED = -100  # the token of a row that the mask hides
+
+
+def _with_gradients(
+    slope: Callable[[slice, Tensor], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    tokens: Tensor, temperature: float, temperatures: Tensor | None, ignore_index: int,
+    vocab_start: int, V: int, group: str | None, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probs (N,) and the gradients of hidden, weight and bias, (0,) where not needed.
+
+    slope(rows, logprobs) is the gradient of the loss by the log-probs of some rows.
+    """
+    N = len(hidden)
+    t = temperature if temperatures is None else temperatures
+    logprobs = hidden.new_empty(N, dtype=torch.float32)
+    gradients = gradients_like(hidden, weight, bias, need_hidden, need_weight)
+    dhidden, dweight, dbias = (torch.zeros_like(x, dtype=torch.float32) for x in gradients)
+    for start in range(0, N, ROWS):
+        rows = slice(start, min(start + ROWS, N))
+        t_rows = t[rows] if isinstance(t, Tensor) else t
+        joined, x = chunk_parts(
+            hidden[rows], weight, bias, tokens[rows], t_rows, False, ignore_index, vocab_start, V
+        )
+        logprobs[rows], entropies, saved = finish_parts(
+            joined[None], tokens[rows], t_rows, ignore_index, group
+        )
+        dx = torch.empty(x.shape, dtype=hidden.dtype, device=x.device)
+        write_dlogits(
+            dx, slope(rows, logprobs[rows]), None, x, tokens[rows], t_rows, saved, entropies,
+            ignore_index, vocab_start, V,
+        )  # fmt: skip
+        del x
+        if need_hidden:
+            dhidden[rows] = matmul(dx[0], weight[:V])
+        if need_weight:  # 0 * NaN in a matrix product would be NaN
+            counted = torch.where((tokens[rows] != ignore_index)[:, None], hidden[rows], 0)
+            dweight[:V] += matmul(dx[0].t(), counted)
+        if bias is not None:
+            dbias[:V] += dx[0].sum(0, dtype=torch.float32)
+    if need_hidden and group is not None:
+        all_reduce(dhidden, group)
+    for gradient, total in zip(gradients, (dhidden, dweight, dbias)):
+        gradient.copy_(total)
+    return logprobs, *gradients
+
+
+def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[-3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.constants = (None,) * (len(inputs) - 3)
+
+
+def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [
+        (dloss * x).to(x.dtype) if need and dloss is not None else None
+        for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+    ]
+    return *gradients, *ctx.constants
+
+
+def _denominator(hidden: Tensor, number: float, tensor: Tensor | None) -> Tensor:
+    """The denominator on the device, (); 0 where the count here is meant."""
+    if tensor is not None:
+        return tensor.to(hidden.device, torch.float32)
+    return torch.full((), number, dtype=torch.float32, device=hidden.device)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@op(
+    lambda hidden, weight, bias, *rest:
+    (hidden.new_empty((), dtype=torch.float32), *gradients_like(hidden, weight, bias, *rest[-2:]))
+)  # fmt: skip
+def _linear_cross_entropy(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V or more, d)
+    bias: Tensor | None,
+    tokens: Tensor,  # (N,)
+    denominator: float,  # 0: the number of tokens that count
+    denominators: Tensor | None,  # (), in its place
+    temperature: float,
+    temperatures: Tensor | None,  # (N,) fp32, in its place
+    ignore_index: int,
+    vocab_start: int,
+    V: int,
+    group: str | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n = _denominator(hidden, denominator, denominators)
+    each = -1 / torch.where(n > 0, n, (tokens != ignore_index).sum().clamp(min=1))
+    logprobs, dhidden, dweight, dbias = _with_gradients(
+        lambda rows, logprobs: each.expand_as(logprobs), hidden, weight, bias, tokens, temperature,
+        temperatures, ignore_index, vocab_start, V, group, need_hidden, need_weight,
+    )  # fmt: skip
+    return logprobs.sum() * each, dhidden, dweight, dbias
+
+
+_linear_cross_entropy.differentiate(_setup_context, _gradient)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """Mean of -log p over the tokens that are not ignore_index: (..., d), (V, d), (...) -> scalar.
+
+    In nats, fp32, for SFT and pretraining; the arguments are those of `linear_token_logprobs`.
+    denominator: the token count of the global batch when this is a part of it; parts then add up.
+    Differentiable in hidden, weight and bias; the gradients are made here and kept for backward.
+    fp64 runs the reference. Raises ValueError when shapes, dtypes or devices do not fit.
+    """
+    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
+    reference._check_linear(hidden, weight, bias, tokens)
+    reference._check_denominator(denominator)
+    if not runs_kernel(hidden) or hidden.dtype == torch.float64:
+        return reference.linear_cross_entropy(
+            hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
+            vocab_start=vocab_start, vocab_size=vocab_size, group=group, denominator=denominator,
+        )  # fmt: skip
+    if not _wanted(hidden, weight, bias):
+        logprobs = linear_token_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
+            vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+        )  # fmt: skip
+        n = (tokens != ignore_index).sum().clamp(min=1) if denominator is None else denominator
+        return -logprobs.sum() / n
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    loss, *_ = _linear_cross_entropy(
+        row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
+        *number_or_tensor(denominator), *per_token(temperature, tokens), ignore_index, vocab_start,
+        columns_that_count(len(weight), vocab_start, vocab_size), group_name(group),
+        hidden.requires_grad, weight.requires_grad,
+    )  # fmt: skip
+    return loss
+
+
+def _weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, n: Tensor) -> Tensor:
+    """(N,) fp32: what a token counts in the loss; n is the denominator, or 0 for the count here."""
+    valid = (mask != 0).float()
+    if aggregation == "token-mean":
+        total = valid.sum()
+        weights = valid
+    else:
+        if cu_seqlens is None:
+            each = valid.sum(1, keepdim=True).expand_as(valid)
+            total = (valid.sum(1) > 0).sum()
+        else:
+            sums = torch.cat([valid.new_zeros(1), valid.cumsum(0)])[cu_seqlens.long()].diff()
+            each = torch.repeat_interleave(sums, cu_seqlens.long().diff(), output_size=len(valid))
+            total = (sums > 0).sum()
+        weights = valid / each.clamp(min=1)
+    return (weights / torch.where(n > 0, n, total.clamp(min=1))).flatten()
+
+
+def _outputs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), statistics, and the gradients of hidden, weight and bias."""
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(len(POLICY_STATISTICS), dtype=torch.float32),
+        *gradients_like(hidden, weight, bias, *rest[-2:]),
+    )
+
+
+@op(_outputs)
+def _linear_policy_loss(
+    hidden: Tensor,  # (N, d)
+    weight: Tensor,  # (V or more, d)
+    bias: Tensor | None,
+    tokens: Tensor,  # (N,), IGNORED where the mask is 0
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor | None,
+    denominator: float,  # 0: the number of tokens or sequences that count
+    denominators: Tensor | None,  # (), in its place
+    aggregation: str,
+    clip_range: float,
+    dual_clip: float | None,
+    temperature: float,
+    temperatures: Tensor | None,  # (N,) fp32, in its place
+    vocab_start: int,
+    V: int,
+    group: str | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n = _denominator(hidden, denominator, denominators)
+    weights = _weights(mask, cu_seqlens, aggregation, n)
+    old, flat_advantages, valid = (x.reshape(-1) for x in (old_logprobs, advantages, mask))
+
+    def slope(rows: slice, logprobs: Tensor) -> Tensor:
+        _, _, gradient, _ = _policy_loss(
+            logprobs, old[rows], flat_advantages[rows], True, valid[rows], None, 1.0, None,
+            "token-mean", clip_range, dual_clip,
+        )  # fmt: skip
+        return (gradient * weights[rows]).float()
+
+    logprobs, dhidden, dweight, dbias = _with_gradients(
+        slope, hidden, weight, bias, tokens, temperature, temperatures, IGNORED, vocab_start, V,
+        group, need_hidden, need_weight,
+    )  # fmt: skip
+    loss, statistics, _, _ = _policy_loss(
+        logprobs.view(mask.shape), old_logprobs, advantages, False, mask, cu_seqlens, denominator,
+        denominators, aggregation, clip_range, dual_clip,
+    )  # fmt: skip
+    return loss.float(), statistics.float(), dhidden, dweight, dbias
+
+
+_linear_policy_loss.differentiate(_setup_context, _gradient)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_range: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), (...) … -> scalar, statistics.
+
+    The arguments are those of the two. Differentiable in hidden, weight and bias; their gradients
+    are made here, with three vocabulary-sized products, and kept for backward. Rows of hidden that
+    the mask hides may hold anything. fp64 runs the reference.
+    Raises ValueError when shapes, dtypes or devices do not fit, and when a constant requires grad.
+    """
+    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
+    reference._check_linear(hidden, weight, bias, tokens)
+    reference._check_policy_loss(
+        tokens, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
+        cu_seqlens,
+    )  # fmt: skip
+    refuse_gradients(old_logprobs=old_logprobs, advantages=advantages)
+    if not runs_kernel(hidden) or hidden.dtype == torch.float64:
+        return reference.linear_policy_loss(
+            hidden, weight, tokens, old_logprobs, advantages, mask, bias=bias,
+            temperature=temperature, clip_range=clip_range, dual_clip=dual_clip,
+            aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+            vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+        )  # fmt: skip
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    tokens = torch.where(mask != 0, tokens, IGNORED)
+    if not _wanted(hidden, weight, bias):
+        logprobs: Any = linear_token_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=temperature, vocab_start=vocab_start,
+            vocab_size=vocab_size, group=group,
+        )  # fmt: skip
+        return policy_loss(
+            logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,
+            aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    loss, statistics, *_ = _linear_policy_loss(
+        row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
+        old_logprobs, advantages, mask, cu_seqlens, *number_or_tensor(denominator), aggregation,
+        float(clip_range), None if dual_clip is None else float(dual_clip),
+        *per_token(temperature, tokens), vocab_start,
+        columns_that_count(len(weight), vocab_start, vocab_size), group_name(group),
+        hidden.requires_grad, weight.requires_grad,
+    )  # fmt: skip
+    return loss, dict(zip(POLICY_STATISTICS, statistics, strict=True))

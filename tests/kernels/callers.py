@@ -1,0 +1,63 @@
+"""What callers do to an op: inputs in any layout, no host sync, compilation, a CUDA graph."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tetrad.kernels import reference
+
+LAYOUTS = ("contiguous", "end", "transposed", "sliced")
+WAITS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique"}
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """x in other memory: at the very end of an allocation and not aligned, transposed, with gaps.
+
+    What lies between is NaN, and `Traffic` does not let a kernel touch it.
+    """
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "end":
+        return x.new_empty(x.numel() + 3)[3:].view(x.shape).copy_(x)
+    if layout == "sliced" and x.dim():
+        return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    return x.clone()
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Fail if the host reads what a tensor holds; that bounds rise is checked on the CPU alone."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with mock.patch.object(reference, "_check_bounds"):
+        with torch.profiler.profile(activities=activities) as profile:
+            yield
+    seen = {event.key.removeprefix("aten::").rstrip("2") for event in profile.key_averages()}
+    assert "new_empty" in seen, "nothing was recorded"
+    assert not seen & WAITS
+
+
+def compiled(f: Callable, **options) -> Callable:
+    """f, traced into one graph, forward and backward."""
+    torch.compiler.reset()
+    return torch.compile(f, backend="aot_eager", fullgraph=True, **options)
+
+
+def replayed(f: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """f(*inputs), from a CUDA graph that was captured while the inputs were zero."""
+    static = [torch.zeros_like(x).requires_grad_(x.requires_grad) for x in inputs]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        f(*static)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = f(*static)
+    with torch.no_grad():
+        for x, y in zip(static, inputs, strict=True):
+            x.copy_(y)
+    graph.replay()
+    return outputs
