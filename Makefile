@@ -6,7 +6,9 @@ PROCESSES ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(nproc)" = 1 ]; th
 BIN = .venv/bin
 GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON))
 
-.PHONY: demo test check gpu setup clean
+PEERS = trl verl openrlhf
+
+.PHONY: demo test triton36 check peers gpu setup clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -21,12 +23,42 @@ demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-
 
 test: setup  ## kernels under Triton's interpreter, then everything else
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/kernels
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/kernels --ignore tests/peers
+
+triton36: .venv-triton36/ready  ## the kernels on the oldest Triton that pyproject.toml admits
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton36/bin/python -m pytest -q tests/kernels
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-triton36/bin/python -m pytest -q \
+		tests/test_fakegpu.py tests/test_compile.py
+
+# Its Triton, before .venv's packages.
+.venv-triton36/ready: .venv/ready
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install --quiet --disable-pip-version-check \
+		--no-deps triton==3.6.0
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(echo $(@D)/lib/python*/site-packages)/main.pth"
+	touch $@
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tetrad
+
+peers: $(PEERS:%=.venv-peers/%/ready)  ## kernels/patch.py against the packages that it patches
+	for peer in $(PEERS); do \
+		HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-peers/$$peer/bin/python \
+			-m pytest -q tests/peers/test_patch_$$peer.py || exit 1; done
+
+# The peers ask for versions that conflict: each gets an environment of its own, which sees .venv's
+# packages (torch) behind its own. The first line of its list comes without its dependencies.
+.venv-peers/%/ready: tests/peers/%.txt .venv/ready
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(echo $(@D)/lib/python*/site-packages)/main.pth"
+	sed 1d $< | $(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r /dev/stdin
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(head -1 $<)"
+	touch $@
 
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
@@ -36,4 +68,4 @@ gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is i
 		$(GPU_PYTHON) -m bench.$$(basename $$bench .py) || exit 1; done
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .venv-peers .venv-triton36 runs build *.egg-info
