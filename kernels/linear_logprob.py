@@ -14,9 +14,10 @@ keeps x in registers: one launch, no workspace, and a row's result does not depe
 In both, x is not rounded to the inputs' type: a bf16 logit of 20 is off by up to 0.06, and so would
 be the log of a PPO ratio. Saved: the inputs, M, S, R, H per row; with save_logits x too (N V fp32).
 
-Moved beside the products, in bytes: forward 8 N V (x written and read), backward 12 N V (x written
-and read, dx written and read) with 2-byte inputs. Over a group: one all-gather of 3 or 4 numbers
-per row forward, one all-reduce of dhidden backward. Meaning: `reference.linear_token_logprobs`.
+Moved for x and dx, in bytes: forward 8 N V (x written and read), backward 14 N V (x written and
+read, dx written once and read by two products) with 2-byte inputs. Over a group: one all-gather of
+3 or 4 numbers per row forward, one all-reduce of dhidden backward.
+Meaning: `reference.linear_token_logprobs`.
 """
 
 from collections.abc import Callable
@@ -142,6 +143,16 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, in place: no product of total's size beside it."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """hidden @ weight.T + bias in fp32, as (1, rows, columns)."""
     x = matmul(hidden, weight.t())
@@ -191,7 +202,7 @@ def input_gradients(
         if need_weight:
             torch.mm(dx.t(), counted_hidden, out=dweight[columns])
         if need_hidden:
-            total += matmul(dx, weight[columns])
+            add_product(total, dx, weight[columns])
         if bias is not None:
             dbias[columns] = dx.sum(0, dtype=torch.float32)
     if need_hidden and group is not None:

@@ -7,7 +7,8 @@ the slope of the clipped surrogate over n for PPO. So, for ROWS rows at a time,
     dhidden = dx @ weight,  dweight += dx.T @ hidden
 
 with x and the sum of dweight in fp32, and backward is one multiplication by the upstream gradient.
-Memory: 4 + 2 bytes for ROWS x V logits, 4 V d for the sum of dweight, and the gradients themselves.
+Memory: 4 bytes for ROWS x V logits and those of dx in the inputs' type, 4 V d and 4 N d for the
+sums of dweight and dhidden, and the gradients themselves.
 Over a group: one all-gather of 3 numbers per row for each piece, one all-reduce of dhidden.
 Meaning: `reference.linear_cross_entropy`, `reference.linear_policy_loss`.
 """
@@ -29,10 +30,10 @@ from tetrad.kernels.launch import (
     runs_kernel,
 )
 from tetrad.kernels.linear_logprob import (
+    add_product,
     chunk_parts,
     gradients_like,
     linear_token_logprobs,
-    matmul,
     row_contiguous,
 )
 from tetrad.kernels.logprob import columns_that_count, finish_parts, per_token, write_dlogits
@@ -72,10 +73,10 @@ def _with_gradients(
         )  # fmt: skip
         del x
         if need_hidden:
-            dhidden[rows] = matmul(dx[0], weight[:V])
+            add_product(dhidden[rows], dx[0], weight[:V])
         if need_weight:  # 0 * NaN in a matrix product would be NaN
             counted = torch.where((tokens[rows] != ignore_index)[:, None], hidden[rows], 0)
-            dweight[:V] += matmul(dx[0].t(), counted)
+            add_product(dweight[:V], dx[0].t(), counted)
         if bias is not None:
             dbias[:V] += dx[0].sum(0, dtype=torch.float32)
     if need_hidden and group is not None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from tests.forked_world import run_world
-from tests.kernels.callers import LAYOUTS, laid_out, no_host_sync
+from tests.kernels.callers import LAYOUTS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import exact_kl as module
 from tetrad.kernels import linear_logprob, reference
@@ -198,6 +198,22 @@ def test_never_waits_for_the_device(device) -> None:
     with no_host_sync():
         run(exact_kl, tensors[1], tensors[1] * 2)
         run_linear(linear_exact_kl, *tensors)
+
+
+def test_replays_from_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    hidden, weight = torch.randn(50, 64, device=device), torch.randn(5000, 64, device=device)
+
+    def both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        linear = linear_exact_kl(hidden, weight, 2 * hidden.detach(), weight.detach())
+        logits = hidden @ weight.t()
+        exact = exact_kl(logits, 2 * logits.detach())
+        return exact, linear, *torch.autograd.grad((exact + linear).sum(), (hidden, weight))
+
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    for x, y in zip(replayed(both, *leaves), both(*leaves), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(device) -> None:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.forked_world import run_world
-from tests.kernels.callers import no_host_sync
+from tests.kernels.callers import no_host_sync, replayed
 from tests.kernels.test_linear_logprob import inputs
 from tetrad.kernels import linear_logprob, linear_loss, reference
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
@@ -220,10 +220,27 @@ def test_never_waits_for_the_device(device) -> None:
         run(linear_cross_entropy, {k: arguments[k] for k in names})
 
 
+def test_replays_from_a_cuda_graph(device) -> None:
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    arguments = episodes((50,), 5000, 64, device, torch.bfloat16)
+    constants = [arguments[k] for k in ("tokens", "old_logprobs", "advantages", "mask")]
+
+    def both(hidden: Tensor, weight: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
+        loss, _ = linear_policy_loss(hidden, weight, *constants)
+        loss = loss + linear_cross_entropy(hidden, weight, constants[0])
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    leaves = [arguments[k].requires_grad_() for k in ("hidden", "weight")]
+    outputs = replayed(both, *leaves, *constants)
+    for x, y in zip(outputs, both(*leaves, *constants), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_three_products(device) -> None:
     """Of the size of the vocabulary, forward and backward together."""
     arguments = episodes((12,), 40, 8, device)
-    with mock.patch.object(linear_loss, "matmul", wraps=linear_loss.matmul) as ours:
+    with mock.patch.object(linear_loss, "add_product", wraps=linear_loss.add_product) as ours:
         with mock.patch.object(linear_logprob, "matmul", wraps=linear_logprob.matmul) as logits:
             run(linear_policy_loss, arguments)
     assert ours.call_count == 2 and logits.call_count == 1
