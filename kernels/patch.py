@@ -126,7 +126,7 @@ def _arguments(function: Any) -> str:
     skip = 0
     if isinstance(function, type):
         skip = int(issubclass(function, torch.autograd.Function))  # the ctx of forward
-        function = function.forward if skip else function.apply  # type: ignore[attr-defined]
+        function = getattr(function, "forward" if skip else "apply", function)
     parameters = list(inspect.signature(function).parameters.values())[skip:]
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 
@@ -214,26 +214,32 @@ class _TrlChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
+        theirs = _theirs[_TrlChunkedLogProbFunction]
         dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
         if (
-            not {"log_probs", "entropy"}.issuperset(outputs)
-            or final_logit_softcapping is not None
+            final_logit_softcapping is not None
             or logit_scale <= 0
             or hasattr(weight, "ds_id")  # DeepSpeed ZeRO-3: empty by the time of backward
-            or len(dtypes) > 1
-            and not torch.is_autocast_enabled(hidden.device.type)
+            or (len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type))
         ):
-            return _theirs[_TrlChunkedLogProbFunction].apply(
+            return theirs.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip
         entropy = "entropy" in outputs
-        taken = linear_token_logprobs(
+        taken: Any = linear_token_logprobs(
             hidden, weight, targets, bias=bias, temperature=temperature / logit_scale,
             entropy=entropy, ignore_index=NO_TOKEN,
         )  # fmt: skip
         logprobs, entropies = taken if entropy else (taken, None)
-        return logprobs, entropies, None, None, None  # type: ignore[return-value]
+        statistics: tuple[Tensor | None, ...] = (None, None, None)
+        asked = tuple(x for x in outputs if x not in ("log_probs", "entropy"))
+        if asked:  # without a gradient, as theirs are: one product more
+            with torch.no_grad():
+                _, _, *statistics = theirs.apply(
+                    hidden, weight, bias, targets, temperature, chunk_size, None, logit_scale, asked
+                )
+        return logprobs, entropies, *statistics
 
 
 def _counted(index: Tensor, row_mask: Tensor | None) -> Tensor:

@@ -134,6 +134,7 @@ def test_an_absent_package_is_named() -> None:
         ("def shift(x)", "def shift(y)", r"peer.core.shift\(y\), expected \(x\)$"),
         ("ctx, x, by=2", "ctx, x, by=3", r"Halve\(x, by=3\), expected \(x, by=2\)$"),
         ("ctx, x, by=2", "ctx, x", r"peer.core.Halve\(x\), expected \(x, by=2\)$"),
+        ("Halve(Function)", "Halve", r"^peer 1.2.3: peer.core.Halve\(\), expected \(x, by=2\)$"),
     ],
 )
 def test_an_unexpected_function_is_named_and_nothing_is_patched(peer, was, now, error) -> None:

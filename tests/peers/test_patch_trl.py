@@ -185,9 +185,7 @@ def test_no_token_of_a_microbatch_counts() -> None:
         (30.0, 1.0, BOTH),
         (None, 0.0, BOTH),
         (None, -0.5, BOTH),
-        (None, 1.0, (*BOTH, "is_top1")),
-        (None, 1.0, (*BOTH, "mean_logits")),
-        (None, 1.0, ("log_probs", "log_sum_sq_probs")),
+        (30.0, 1.0, (*BOTH, "is_top1")),
     ],
 )
 def test_what_ours_does_not_know_is_theirs(softcap, scale, outputs, called) -> None:
@@ -204,11 +202,29 @@ def test_what_ours_does_not_know_is_theirs(softcap, scale, outputs, called) -> N
         assert our is their is None or our.dtype == their.dtype and torch.equal(our, their)
 
 
-def test_all_outputs_are_the_default_and_theirs(called) -> None:
-    head = Head.random(torch.float32)
+@pytest.mark.parametrize(
+    "outputs",
+    [(*BOTH, "is_top1"), (*BOTH, "mean_logits"), ("log_probs", "log_sum_sq_probs"), None],
+)
+def test_statistics_are_theirs_beside_our_logprobs(outputs, called) -> None:
+    """Log-probs of all trainers are rounded alike: a policy that asks for more than its reference
+    still has a ratio of 1. By default all outputs are asked for."""
+    head = Head.random(torch.bfloat16)
+    head.hidden.requires_grad_()
+
+    def results() -> list[torch.Tensor | None]:
+        asked = () if outputs is None else (outputs,)
+        return utils._ChunkedLogProbFunction.apply(*head, 1.3, CHUNK, None, 0.5, *asked)
+
+    theirs = results()
     patch.trl()
-    results = utils._ChunkedLogProbFunction.apply(*head, 1.0, CHUNK)
-    assert called.linear_token_logprobs.call_count == 0 and all(x is not None for x in results)
+    ours = results()
+    alone = utils._ChunkedLogProbFunction.apply(*head, 1.3, CHUNK, None, 0.5, BOTH[:1])
+    assert called.linear_token_logprobs.call_count == 2 and torch.equal(ours[0], alone[0])
+    assert [x is None for x in ours] == [x is None for x in theirs]
+    for our, their in zip(ours[2:], theirs[2:]):
+        assert our is their is None or our.dtype == their.dtype and torch.equal(our, their)
+    assert ours[0].requires_grad and not any(x.requires_grad for x in ours[2:] if x is not None)
 
 
 def test_a_partitioned_head_is_theirs(called) -> None:
@@ -278,7 +294,7 @@ class Kind(NamedTuple):
     columns: tuple[str, ...]
     of_logits: int  # our token_logprobs
     of_hidden: int  # our linear_token_logprobs
-    theirs: int  # their chunked function
+    theirs: int  # their chunked function, for statistics
     options: dict = {}
 
 
@@ -289,11 +305,11 @@ ONLINE = dict(
 KINDS = {
     "grpo": Kind(trl, "GRPO", PAIRS[:1], 0, 5 + 3 + 3, 0, {**ONLINE, "entropy_coef": 0.01}),
     "rloo": Kind(trl, "RLOO", PAIRS[:1], 0, 5 + 3 + 3, 0, ONLINE),
-    "dpo": Kind(trl, "DPO", PAIRS, 0, 5, 5, {"max_length": 16}),  # of the reference model
+    "dpo": Kind(trl, "DPO", PAIRS, 0, 5 + 5, 5, {"max_length": 16}),  # and the reference model
     "kto": Kind(  # twice, as it also estimates the KL
-        trl, "KTO", ("prompt", "completion", "label"), 0, 2 * 5, 2 * 5, {"max_length": 16}
+        trl, "KTO", ("prompt", "completion", "label"), 0, 4 * 5, 2 * 5, {"max_length": 16}
     ),
-    "sft": Kind(trl, "SFT", ("prompt", "completion"), 0, 0, 5, {"max_length": 16}),
+    "sft": Kind(trl, "SFT", ("prompt", "completion"), 0, 5, 5, {"max_length": 16}),
     "orpo": Kind(orpo, "ORPO", PAIRS, 5, 0, 0, {"max_length": 16}),
     "tpo": Kind(tpo, "TPO", (*PAIRS, "reference"), 5, 0, 0, {"max_length": 16}),
 }  # fmt: skip
