@@ -319,12 +319,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _sequences(mask: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+def _sequences(mask: Tensor, cu_seqlens: Tensor | None, real: torch.dtype) -> tuple[int, int]:
     """How many there are, and the tokens of one scan: MAX_BLOCK, or what holds a short row."""
+    most = MAX_BLOCK * 4 // real.itemsize  # fp64 takes two registers a number
     if cu_seqlens is not None:
-        return len(cu_seqlens) - 1, MAX_BLOCK
+        return len(cu_seqlens) - 1, most
     S, T = mask.shape
-    return S, min(max(triton.next_power_of_2(T), 128), MAX_BLOCK)
+    return S, min(max(triton.next_power_of_2(T), 128), most)
 
 
 def _over_group(parts: Tensor, group: str | None) -> Tensor:
@@ -361,7 +362,7 @@ def _gae(
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     advantages, returns = _gae_outputs(rewards, values, mask)
-    S, block = _sequences(mask, cu_seqlens)
+    S, block = _sequences(mask, cu_seqlens, advantages.dtype)
     rewards, values, mask = (x.contiguous() for x in (rewards, values, mask))
     per_sequence = _contiguous(cu_seqlens, bootstrap, gammas, lams)
     _recursion[programs(S)](
@@ -468,7 +469,7 @@ def _ppo_advantages(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     outputs = _ppo_outputs(scores, logprobs, ref_logprobs, values, mask)
     rewards, advantages, returns, kl = outputs
-    S, block = _sequences(mask, cu_seqlens)
+    S, block = _sequences(mask, cu_seqlens, advantages.dtype)
     scores, logprobs, ref_logprobs, values, mask = (
         x.contiguous() for x in (scores, logprobs, ref_logprobs, values, mask)
     )

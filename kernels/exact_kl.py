@@ -31,6 +31,7 @@ from tetrad.kernels.launch import (
     runs_kernel,
 )
 from tetrad.kernels.linear_logprob import (
+    gradients_like,
     input_gradients,
     logits_of,
     pieces,
@@ -39,6 +40,7 @@ from tetrad.kernels.linear_logprob import (
 from tetrad.kernels.logprob import (
     LN2,
     LOG2E,
+    ROWS_PER_COMBINE,
     as_rows,
     columns_that_count,
     decay,
@@ -49,7 +51,6 @@ from tetrad.kernels.logprob import (
 
 BLOCK = 2048  # columns: two tiles of logits share the registers
 BLOCKS_PER_SPLIT = 8
-ROWS_PER_COMBINE = 128
 
 
 @triton.jit
@@ -58,18 +59,17 @@ def _scaled(factor, x):
     return tl.where(factor == 0, 0.0, factor * x)
 
 
-@triton.jit(do_not_specialize=["inner", "ref_inner", "N"])
+@triton.jit(do_not_specialize=["inner", "N"])
 def _forward(
     parts_ptr,  # (splits, 5, N) fp32, out: M, S, K, U, sum of e^z (z - u)
     logits_ptr,  # (N // inner, inner, columns) float, any strides
-    ref_ptr,  # (N // ref_inner, ref_inner, columns) float, any strides
+    ref_ptr,  # (N // inner, inner, columns) float, any strides
     mask_ptr,  # (N,), or None
     temperature,  # a number, or (N,) fp32
     inner,
     outer_stride,  # in UNITs, as all that follow but the column strides
     inner_stride,
     column_stride,
-    ref_inner,
     ref_outer_stride,
     ref_inner_stride,
     ref_column_stride,
@@ -86,7 +86,7 @@ def _forward(
     V = V * UNIT
     scale = LOG2E / (tl.load(temperature + row) if PER_TOKEN else temperature)
     logits_ptr += (row // inner * outer_stride + row % inner * inner_stride) * UNIT
-    ref_ptr += (row // ref_inner * ref_outer_stride + row % ref_inner * ref_inner_stride) * UNIT
+    ref_ptr += (row // inner * ref_outer_stride + row % inner * ref_inner_stride) * UNIT
     end = tl.minimum(first + SPLIT, V)
     if mask_ptr is not None:
         end = tl.where(tl.load(mask_ptr + row) != 0, end, first)
@@ -181,12 +181,12 @@ def _combine(
     tl.store(joined_ptr + 4 * wide, weighted, mask=inside)
 
 
-@triton.jit(do_not_specialize=["inner", "ref_inner", "N"])
+@triton.jit(do_not_specialize=["inner", "N"])
 def _backward(
     dlogits_ptr,  # (N // inner, inner, columns) float, out, any strides
     dkl_ptr,  # (N,) fp32
     logits_ptr,  # (N // inner, inner, columns) float, any strides
-    ref_ptr,  # (N // ref_inner, ref_inner, columns) float, any strides
+    ref_ptr,  # (N // inner, inner, columns) float, any strides
     mask_ptr,  # (N,), or None
     temperature,  # a number, or (N,) fp32
     saved_ptr,  # (5, N) fp32: M, S, K, U, KL
@@ -197,7 +197,6 @@ def _backward(
     outer_stride,
     inner_stride,
     column_stride,
-    ref_inner,
     ref_outer_stride,
     ref_inner_stride,
     ref_column_stride,
@@ -219,7 +218,7 @@ def _backward(
         live = live & (tl.load(mask_ptr + row) != 0)
 
     logits_ptr += (row // inner * outer_stride + row % inner * inner_stride) * UNIT
-    ref_ptr += (row // ref_inner * ref_outer_stride + row % ref_inner * ref_inner_stride) * UNIT
+    ref_ptr += (row // inner * ref_outer_stride + row % inner * ref_inner_stride) * UNIT
     mask = (columns < V) & live
     x = tl.load(logits_ptr + wide * column_stride, mask=mask, other=-float("inf")).to(tl.float32)
     y = tl.load(ref_ptr + wide * ref_column_stride, mask=mask, other=-float("inf")).to(tl.float32)
@@ -263,8 +262,8 @@ def _row_parts(x: Tensor, y: Tensor, mask: Tensor | None, t: float | Tensor, V: 
     unit = unit_of(x, y, V=V)
     if N:
         _forward[(N, len(parts))](
-            parts, x, y, mask, t, x.shape[1], *_in_units(x, unit), y.shape[1],
-            *_in_units(y, unit), V // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit,
+            parts, x, y, mask, t, x.shape[1], *_in_units(x, unit), *_in_units(y, unit),
+            V // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit,
             BLOCK=block, GROUP=min(16 // z.element_size() for z in (x, y)), SPLIT=split,
             num_warps=4,
         )  # fmt: skip
@@ -296,7 +295,7 @@ def _write_dlogits(
     if N:
         _backward[(N, triton.cdiv(n_columns, block))](
             dlogits, dkl.contiguous(), x, y, mask, t, saved, x.shape[1],
-            *_in_units(dlogits, unit), *_in_units(x, unit), y.shape[1], *_in_units(y, unit),
+            *_in_units(dlogits, unit), *_in_units(x, unit), *_in_units(y, unit),
             V // unit, n_columns // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit,
             BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -309,7 +308,7 @@ def _outputs(like: Tensor, N: int) -> tuple[Tensor, Tensor]:
 @op(lambda x, *_: _outputs(x, x.shape[0] * x.shape[1]))
 def _exact_kl(
     logits: Tensor,  # (outer, inner, columns)
-    ref_logits: Tensor,  # (outer, inner, columns), perhaps split otherwise
+    ref_logits: Tensor,  # (outer, inner, columns)
     mask: Tensor | None,  # (N,)
     temperature: float,
     temperatures: Tensor | None,  # (N,) fp32, in its place
@@ -381,7 +380,7 @@ def exact_kl(
     return kl.view(rows.shape)
 
 
-@op(lambda hidden, *_: _outputs(hidden, len(hidden)))
+@op(lambda hidden, *_: _outputs(hidden, hidden.shape[0]))
 def _linear_exact_kl(
     hidden: Tensor,  # (N, d)
     weight: Tensor,  # (V or more, d)
@@ -400,20 +399,11 @@ def _linear_exact_kl(
         y = logits_of(ref_hidden[rows], ref_weight[:V], None)
         rows_t = t[rows] if isinstance(t, Tensor) else t
         joined[:, rows] = _row_parts(x, y, None if mask is None else mask[rows], rows_t, V)
+        del x, y  # before the next piece is made
     return _finished(joined, mask, t, group)
 
 
-def _input_gradients(
-    dkl: Tensor, hidden: Tensor, weight: Tensor, *rest: object
-) -> tuple[Tensor, Tensor]:
-    *_, need_hidden, need_weight = rest
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else 0),
-        weight.new_empty(weight.shape if need_weight else 0),
-    )
-
-
-@op(_input_gradients)
+@op(lambda dkl, hidden, weight, *rest: gradients_like(hidden, weight, None, *rest[-2:])[:2])
 def _linear_exact_kl_backward(
     dkl: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor,
     mask: Tensor | None, temperature: float, temperatures: Tensor | None, saved: Tensor, V: int,

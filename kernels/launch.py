@@ -79,7 +79,7 @@ class Op:
     dispatcher would cost 60 us of host time a call, several times a small kernel.
     """
 
-    def __init__(self, function: Callable, outputs: Callable, mutates: tuple[str, ...]) -> None:
+    def __init__(self, function: Callable, outputs: Callable) -> None:
         @functools.wraps(function)
         def run(*args):
             x = next(y for y in args if isinstance(y, Tensor))
@@ -91,7 +91,7 @@ class Op:
 
         self.eager: Callable = run
         name = f"tetrad::{function.__name__.removeprefix('_')}"
-        self.registered = torch.library.custom_op(name, run, mutates_args=mutates)
+        self.registered = torch.library.custom_op(name, run, mutates_args=())
         self.registered.register_fake(outputs)
 
     def __call__(self, *args):
@@ -116,6 +116,6 @@ class Op:
         self.eager = Eager.apply
 
 
-def op(outputs: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Op]:
+def op(outputs: Callable) -> Callable[[Callable], Op]:
     """Decorator: make `_name(tensors and numbers) -> tensors` the Op torch.ops.tetrad.name."""
-    return lambda function: Op(function, outputs, mutates)
+    return lambda function: Op(function, outputs)

@@ -119,17 +119,23 @@ def fused_parts(
 ) -> Tensor:  # fmt: skip
     """Parts (splits, 3 or 4, N) of the rows of hidden @ weight.T + bias, made in registers."""
     N, d = hidden.shape
+    # As much as fits the registers of sm_80, sm_90 and sm_100: a depth that is no multiple of 16
+    # takes more, for masks.
+    even = d % 16 == 0
     if hidden.dtype == torch.float32:  # no tensor cores without rounding to tf32
-        tile = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8, "num_stages": 2}
-    else:  # a DEPTH of 64, or 256 columns, spill on sm_80
-        tile = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_warps": 8, "num_stages": 3}
+        columns, stages = (64, 2) if even else (32, 1)
+        tile = {"ROWS": 64, "COLUMNS": columns, "DEPTH": 16, "num_stages": stages}
+    elif even:
+        tile = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_stages": 3}
+    else:
+        tile = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_stages": 3}
     split = TILES_PER_SPLIT * tile["COLUMNS"]
     parts = hidden.new_empty(max(triton.cdiv(V, split), 1), 3 + entropy, N, dtype=torch.float32)
     if N:
         _fused[(triton.cdiv(N, tile["ROWS"]), len(parts))](
             parts, hidden, weight, bias, tokens, t, ignore_index, vocab_start, hidden.stride(0),
             weight.stride(0), V, d, N, PER_TOKEN=isinstance(t, Tensor), ENTROPY=entropy,
-            SPLIT=split, **tile,
+            SPLIT=split, num_warps=8, **tile,
         )  # fmt: skip
     return parts
 
@@ -205,6 +211,7 @@ def input_gradients(
             add_product(total, dx, weight[columns])
         if bias is not None:
             dbias[columns] = dx.sum(0, dtype=torch.float32)
+        del dx  # before the next slice is made
     if need_hidden and group is not None:
         all_reduce(total, group)
     return dhidden.copy_(total), dweight, dbias
@@ -222,7 +229,7 @@ def gradients_like(
 
 
 def _allocate(hidden: Tensor, tokens: Tensor, entropy: bool, columns: int) -> tuple[Tensor, ...]:
-    x = hidden.new_empty(1, len(hidden), columns, dtype=torch.float32)
+    x = hidden.new_empty(1, hidden.shape[0], columns, dtype=torch.float32)
     return *outputs(hidden, tokens, entropy=entropy), x
 
 
@@ -365,7 +372,8 @@ def linear_token_logprobs(
             hidden, weight, tokens, bias=bias, temperature=temperature, entropy=entropy,
             ignore_index=ignore_index, vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    reference._check_tokens(tokens, hidden)
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     with_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias)
     )

@@ -1,15 +1,18 @@
 """Losses on hidden @ weight.T whose gradient is made in the forward pass: three products, not four.
 
-The gradient of a token's log-prob is known as soon as its log-prob is: -1 / n for cross-entropy,
-the slope of the clipped surrogate over n for PPO. So, for ROWS rows at a time,
+The gradient of a token's log-prob is known as soon as its log-prob is, up to the upstream gradient
+over n: -1 for cross-entropy, the slope of the clipped surrogate for PPO. So, for ROWS rows at a
+time,
 
     x = hidden @ weight.T + bias; log p of the rows; dx, from x and the slope
-    dhidden = dx @ weight,  dweight += dx.T @ hidden
+    dhidden += dx @ weight,  dweight += dx.T @ hidden
 
-with x and the sum of dweight in fp32, and backward is one multiplication by the upstream gradient.
-Memory: 4 bytes for ROWS x V logits and those of dx in the inputs' type, 4 V d and 4 N d for the
-sums of dweight and dhidden, and the gradients themselves.
-Over a group: one all-gather of 3 numbers per row for each piece, one all-reduce of dhidden.
+with x and the sums in fp32, and backward multiplies by upstream / n and rounds once: neither a
+small 1 / n nor a large loss scale meets the range of fp16.
+Memory: 4 bytes for ROWS x V logits and those of dx in the inputs' type; the sums, 4 V d and 4 N d,
+which are kept for backward.
+Over a group: one all-gather of 3 numbers per row for each piece, one all-reduce of dhidden; every
+rank must ask for the same gradients.
 Meaning: `reference.linear_cross_entropy`, `reference.linear_policy_loss`.
 """
 
@@ -38,9 +41,18 @@ from tetrad.kernels.linear_logprob import (
 )
 from tetrad.kernels.logprob import columns_that_count, finish_parts, per_token, write_dlogits
 from tetrad.kernels.ppo_loss import POLICY_STATISTICS, _policy_loss, policy_loss
+from tetrad.kernels.reference import IGNORED
 
 ROWS = 2048  # at a time, on every rank of a group, however wide its shard of the vocabulary
-IGNORED = -100  # the token of a row that the mask hides
+
+
+def _sums_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias in fp32, 0; (0,) where not needed."""
+    gradients = gradients_like(hidden, weight, bias, need_hidden, need_weight)
+    dhidden, dweight, dbias = (torch.zeros_like(x, dtype=torch.float32) for x in gradients)
+    return dhidden, dweight, dbias
 
 
 def _with_gradients(
@@ -48,15 +60,14 @@ def _with_gradients(
     tokens: Tensor, temperature: float, temperatures: Tensor | None, ignore_index: int,
     vocab_start: int, V: int, group: str | None, need_hidden: bool, need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probs (N,) and the gradients of hidden, weight and bias, (0,) where not needed.
+    """Log-probs (N,) and the gradients of hidden, weight and bias, in fp32.
 
     slope(rows, logprobs) is the gradient of the loss by the log-probs of some rows.
     """
     N = len(hidden)
     t = temperature if temperatures is None else temperatures
     logprobs = hidden.new_empty(N, dtype=torch.float32)
-    gradients = gradients_like(hidden, weight, bias, need_hidden, need_weight)
-    dhidden, dweight, dbias = (torch.zeros_like(x, dtype=torch.float32) for x in gradients)
+    dhidden, dweight, dbias = _sums_like(hidden, weight, bias, need_hidden, need_weight)
     for start in range(0, N, ROWS):
         rows = slice(start, min(start + ROWS, N))
         t_rows = t[rows] if isinstance(t, Tensor) else t
@@ -71,7 +82,6 @@ def _with_gradients(
             dx, slope(rows, logprobs[rows]), None, x, tokens[rows], t_rows, saved, entropies,
             ignore_index, vocab_start, V,
         )  # fmt: skip
-        del x
         if need_hidden:
             add_product(dhidden[rows], dx[0], weight[:V])
         if need_weight:  # 0 * NaN in a matrix product would be NaN
@@ -79,42 +89,50 @@ def _with_gradients(
             add_product(dweight[:V], dx[0].t(), counted)
         if bias is not None:
             dbias[:V] += dx[0].sum(0, dtype=torch.float32)
+        del x, dx  # before the next piece is made
     if need_hidden and group is not None:
         all_reduce(dhidden, group)
-    for gradient, total in zip(gradients, (dhidden, dweight, dbias)):
-        gradient.copy_(total)
-    return logprobs, *gradients
+    return logprobs, dhidden, dweight, dbias
 
 
 def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[-3:])
+    scale, dhidden, dweight, dbias = output[-4:]
+    ctx.save_for_backward(dhidden, dweight, dbias, scale)
+    ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.constants = (None,) * (len(inputs) - 3)
 
 
 def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [
-        (dloss * x).to(x.dtype) if need and dloss is not None else None
-        for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
-    ]
+    *sums, scale = ctx.saved_tensors
+    gradients: list[Tensor | None] = [None, None, None]
+    if dloss is not None:
+        for i, needed in enumerate(ctx.needs_input_grad[:3]):
+            if needed:  # multiplied in fp32, rounded on the way to memory
+                gradients[i] = torch.empty_like(sums[i], dtype=ctx.dtype)
+                torch.mul(sums[i], dloss * scale, out=gradients[i])
     return *gradients, *ctx.constants
-
-
-def _denominator(hidden: Tensor, number: float, tensor: Tensor | None) -> Tensor:
-    """The denominator on the device, (); 0 where the count here is meant."""
-    if tensor is not None:
-        return tensor.to(hidden.device, torch.float32)
-    return torch.full((), number, dtype=torch.float32, device=hidden.device)
 
 
 def _wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def _scale(like: Tensor, denominator: float, denominators: Tensor | None, count: Tensor) -> Tensor:
+    """1 / n, () fp32: of the tensor, else of the number, else, where this is 0, of the count."""
+    if denominators is not None:
+        n = denominators.to(like.device, torch.float32)
+    elif denominator:
+        n = torch.full((), denominator, dtype=torch.float32, device=like.device)
+    else:
+        n = count.clamp(min=1).float()
+    return 1 / n
+
+
 @op(
     lambda hidden, weight, bias, *rest:
-    (hidden.new_empty((), dtype=torch.float32), *gradients_like(hidden, weight, bias, *rest[-2:]))
+    (*hidden.new_empty(2, dtype=torch.float32), *_sums_like(hidden, weight, bias, *rest[-2:]))
 )  # fmt: skip
 def _linear_cross_entropy(
     hidden: Tensor,  # (N, d)
@@ -131,14 +149,13 @@ def _linear_cross_entropy(
     group: str | None,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = _denominator(hidden, denominator, denominators)
-    each = -1 / torch.where(n > 0, n, (tokens != ignore_index).sum().clamp(min=1))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale = _scale(hidden, denominator, denominators, (tokens != ignore_index).sum())
     logprobs, dhidden, dweight, dbias = _with_gradients(
-        lambda rows, logprobs: each.expand_as(logprobs), hidden, weight, bias, tokens, temperature,
-        temperatures, ignore_index, vocab_start, V, group, need_hidden, need_weight,
+        lambda rows, logprobs: torch.full_like(logprobs, -1.0), hidden, weight, bias, tokens,
+        temperature, temperatures, ignore_index, vocab_start, V, group, need_hidden, need_weight,
     )  # fmt: skip
-    return logprobs.sum() * each, dhidden, dweight, dbias
+    return -logprobs.sum() * scale, scale, dhidden, dweight, dbias
 
 
 _linear_cross_entropy.differentiate(_setup_context, _gradient)
@@ -161,7 +178,8 @@ def linear_cross_entropy(
 
     In nats, fp32, for SFT and pretraining; the arguments are those of `linear_token_logprobs`.
     denominator: the token count of the global batch when this is a part of it; parts then add up.
-    Differentiable in hidden, weight and bias; the gradients are made here and kept for backward.
+    Differentiable in hidden, weight and bias; the gradients are made here and kept, in fp32, for
+    backward. In a group every rank must ask for the same gradients.
     fp64 runs the reference. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     hidden, weight, bias = reference._as_linear(hidden, weight, bias)
@@ -179,7 +197,8 @@ def linear_cross_entropy(
         )  # fmt: skip
         n = (tokens != ignore_index).sum().clamp(min=1) if denominator is None else denominator
         return -logprobs.sum() / n
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    reference._check_tokens(tokens, hidden)
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     loss, *_ = _linear_cross_entropy(
         row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
         *number_or_tensor(denominator), *per_token(temperature, tokens), ignore_index, vocab_start,
@@ -189,33 +208,29 @@ def linear_cross_entropy(
     return loss
 
 
-def _weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str, n: Tensor) -> Tensor:
-    """(N,) fp32: what a token counts in the loss; n is the denominator, or 0 for the count here."""
-    valid = (mask != 0).float()
+def _weights(mask: Tensor, cu_seqlens: Tensor | None, aggregation: str) -> tuple[Tensor, Tensor]:
+    """(N,) fp32: what a token counts, up to 1 / n; and how many tokens, or sequences, there are."""
+    valid = mask != 0
     if aggregation == "token-mean":
-        total = valid.sum()
-        weights = valid
+        return valid.flatten().float(), valid.sum()
+    if cu_seqlens is None:
+        counts = valid.sum(1)
+        each = counts[:, None].expand_as(valid)
     else:
-        if cu_seqlens is None:
-            each = valid.sum(1, keepdim=True).expand_as(valid)
-            total = (valid.sum(1) > 0).sum()
-        else:
-            sums = torch.cat([valid.new_zeros(1), valid.cumsum(0)])[cu_seqlens.long()].diff()
-            each = torch.repeat_interleave(sums, cu_seqlens.long().diff(), output_size=len(valid))
-            total = (sums > 0).sum()
-        weights = valid / each.clamp(min=1)
-    return (weights / torch.where(n > 0, n, total.clamp(min=1))).flatten()
+        bounds = cu_seqlens.long()
+        before = torch.cat([bounds.new_zeros(1), valid.long().cumsum(0)])
+        counts = before[bounds].diff()
+        each = torch.repeat_interleave(counts, bounds.diff(), output_size=len(valid))
+    return (valid / each.clamp(min=1)).flatten().float(), (counts > 0).sum()
 
 
 def _outputs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss (), statistics, and the gradients of hidden, weight and bias."""
-    return (
-        hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(len(POLICY_STATISTICS), dtype=torch.float32),
-        *gradients_like(hidden, weight, bias, *rest[-2:]),
-    )
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss (), statistics, 1 / n (), and the gradients of hidden, weight and bias, up to 1 / n."""
+    shapes = (), (len(POLICY_STATISTICS),), ()
+    loss, statistics, scale = (hidden.new_empty(x, dtype=torch.float32) for x in shapes)
+    return loss, statistics, scale, *_sums_like(hidden, weight, bias, *rest[-2:])
 
 
 @op(_outputs)
@@ -240,9 +255,8 @@ def _linear_policy_loss(
     group: str | None,
     need_hidden: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = _denominator(hidden, denominator, denominators)
-    weights = _weights(mask, cu_seqlens, aggregation, n)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights, count = _weights(mask, cu_seqlens, aggregation)
     old, flat_advantages, valid = (x.reshape(-1) for x in (old_logprobs, advantages, mask))
 
     def slope(rows: slice, logprobs: Tensor) -> Tensor:
@@ -260,7 +274,8 @@ def _linear_policy_loss(
         logprobs.view(mask.shape), old_logprobs, advantages, False, mask, cu_seqlens, denominator,
         denominators, aggregation, clip_range, dual_clip,
     )  # fmt: skip
-    return loss.float(), statistics.float(), dhidden, dweight, dbias
+    scale = _scale(hidden, denominator, denominators, count)
+    return loss.float(), statistics.float(), scale, dhidden, dweight, dbias
 
 
 _linear_policy_loss.differentiate(_setup_context, _gradient)
@@ -288,8 +303,9 @@ def linear_policy_loss(
     """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), (...) … -> scalar, statistics.
 
     The arguments are those of the two. Differentiable in hidden, weight and bias; their gradients
-    are made here, with three vocabulary-sized products, and kept for backward. Rows of hidden that
-    the mask hides may hold anything. fp64 runs the reference.
+    are made here, with three vocabulary-sized products, and kept, in fp32, for backward. Rows of
+    hidden that the mask hides may hold anything. In a group every rank must ask for the same
+    gradients. fp64 runs the reference.
     Raises ValueError when shapes, dtypes or devices do not fit, and when a constant requires grad.
     """
     hidden, weight, bias = reference._as_linear(hidden, weight, bias)
@@ -306,12 +322,13 @@ def linear_policy_loss(
             aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size, hidden)
+    reference._check_tokens(tokens, hidden)
+    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     tokens = torch.where(mask != 0, tokens, IGNORED)
     if not _wanted(hidden, weight, bias):
         logprobs: Any = linear_token_logprobs(
-            hidden, weight, tokens, bias=bias, temperature=temperature, vocab_start=vocab_start,
-            vocab_size=vocab_size, group=group,
+            hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=IGNORED,
+            vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
         return policy_loss(
             logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,

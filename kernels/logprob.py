@@ -277,7 +277,7 @@ def unit_of(*tensors: Tensor, V: int) -> int:
 
     Triton alone sees multiples of 16, and would load V = 1000 element by element.
     """
-    strides = [s for x in tensors for s, n in zip(x.stride(), x.shape) if n > 1 and s != 1]
+    strides = [s for x in tensors for s, n in zip(x.stride()[:2], x.shape[:2]) if n > 1]
     aligned = all(x.stride(2) == 1 and x.shape[2] % 8 == 0 for x in tensors)
     return 8 if aligned and V % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
 
@@ -355,7 +355,7 @@ def write_dlogits(
 
 def outputs(like: Tensor, tokens: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for log-probs (N,), entropies (N,) or (0,), and M, S, R (3, N)."""
-    N = len(tokens)
+    N = tokens.shape[0]
     shapes = (N,), (N if entropy else 0,), (3, N)
     logprobs, entropies, saved = (like.new_empty(x, dtype=torch.float32) for x in shapes)
     return logprobs, entropies, saved
@@ -408,10 +408,13 @@ def _gradient(ctx, dlogprobs: Tensor | None, dentropy: Tensor | None, _dsaved) -
     if dlogprobs is None and dentropy is None:
         dlogits = None
     elif ctx.inplace:
+        if type(logits) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(f"inplace_backward is True; a {type(logits).__name__} has no memory")
         t = ctx.temperature if temperatures is None else temperatures
         dlogits = logits.detach()
         with torch.cuda.device_of(logits):
             write_dlogits(dlogits, dlogprobs, dentropy, dlogits, tokens, t, *numbers[3:])
+        torch.autograd.graph.increment_version(logits)  # whoever saved them must not use them
     else:
         dlogits = _token_logprobs_backward(dlogprobs, dentropy, logits, *numbers)
     return dlogits, *(None,) * 9
@@ -461,8 +464,8 @@ def token_logprobs(
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V), as many as it likes. Columns at or beyond `vocab_size` are
     padding: not read, gradient 0. Every rank must hand back the same upstream gradient.
-    inplace_backward: let backward write the gradient over the logits, and save its memory. Only
-    where nothing else reads them afterwards, and not under torch.compile.
+    inplace_backward: let backward write the gradient over the logits, and save its memory. PyTorch
+    refuses what reads them afterwards; not for leaves, nor under torch.compile.
     fp64 logits run the reference. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     reference._check_token_logprobs(

@@ -150,7 +150,8 @@ def _policy(
             w = tl.where(valid, weight, 0)
 
             moves = tl.abs(d) <= MAX_LOG_RATIO
-            d = tl.clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO, ALL)
+            # no tl.clamp: between -c and c it compiles to an instruction that fp64 has not
+            d = tl.maximum(tl.minimum(d, MAX_LOG_RATIO, ALL), -MAX_LOG_RATIO, ALL)
             ratio = tl.exp(d)
             within = tl.clamp(ratio, low, high, ALL)
             plain, clipped = -A * ratio, -A * within
@@ -267,8 +268,9 @@ def _launch(
     x, first, second, mask = (y.contiguous() for y in (x, first, second, mask))
     n = x.numel()
     per_sequence = aggregation == "sequence-mean"
+    block = BLOCK * 4 // loss.element_size()  # fp64 takes two registers a number
     if not per_sequence:
-        cu_seqlens, rows, length = None, triton.cdiv(n, BLOCK), BLOCK
+        cu_seqlens, rows, length = None, triton.cdiv(n, block), block
     elif cu_seqlens is None:
         rows, length = mask.shape
     else:
@@ -279,7 +281,7 @@ def _launch(
         scale.new_empty(6, *grid), scale.new_zeros((), dtype=torch.int32),
         None if denominators is None else denominators.to(x.device), loss, stats, scale, rows,
         length, n, denominator, **numbers, PER_SEQUENCE=per_sequence, PROGRAMS=MAX_PROGRAMS,
-        BLOCK=BLOCK,
+        BLOCK=block,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
+IGNORED = -(2**31)  # the token of a position that a mask hides: -100 might be one by mistake
 ESTIMATORS = ("k1", "k2", "k3", "abs")  # of the KL, see token_kl
 
 
@@ -32,6 +33,8 @@ def _same_shape(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} has shape {tuple(y.shape)}, {first} has shape {tuple(x.shape)}"
             )
+        if x.device != y.device:
+            raise ValueError(f"{name} is on {y.device}, {first} on {x.device}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -65,23 +68,31 @@ def _check_token_logprobs(
         raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, not {logits.dtype}")
-    _check_vocabulary(tokens, temperature, vocab_start, vocab_size, logits)
+    _check_tokens(tokens, logits)
+    _check_vocabulary(logits[..., 0], temperature, vocab_start, vocab_size)
     if inplace_backward and logits.requires_grad:
         if torch.compiler.is_compiling():
             raise ValueError("inplace_backward is True; torch.compile does not see such writes")
-        if any(n > 1 and s == 0 for n, s in zip(logits.shape, logits.stride())):
-            raise ValueError("inplace_backward is True; expanded logits share their memory")
+        if logits.is_leaf:
+            raise ValueError("inplace_backward is True; the gradient of a leaf would be the leaf")
+        extent = 1
+        for s, n in sorted((s, n) for s, n in zip(logits.stride(), logits.shape) if n > 1):
+            if s < extent:
+                raise ValueError(f"inplace_backward is True; strides {logits.stride()} overlap")
+            extent += s * (n - 1)
 
 
-def _check_vocabulary(
-    tokens: Tensor, temperature: float | Tensor, vocab_start: int, vocab_size: int | None,
-    like: Tensor,
-) -> None:  # fmt: skip
-    """What all ops on a vocabulary ask of these; `like` are the logits or hidden states."""
+def _check_tokens(tokens: Tensor, like: Tensor) -> None:
     if tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
     if tokens.device != like.device:
         raise ValueError(f"tokens are on {tokens.device}, logits on {like.device}")
+
+
+def _check_vocabulary(
+    rows: Tensor, temperature: float | Tensor, vocab_start: int, vocab_size: int | None
+) -> None:
+    """What all ops on a vocabulary ask of these; `rows` (...) is shaped like the result."""
     if vocab_start < 0:
         raise ValueError(f"vocab_start is {vocab_start}; it must not be negative")
     if vocab_size is not None and vocab_size < 1:
@@ -90,15 +101,15 @@ def _check_vocabulary(
         if not 0 < temperature < torch.inf:
             raise ValueError(f"temperature is {temperature}; it must be positive and finite")
         return
-    if temperature.device != like.device:
-        raise ValueError(f"temperature is on {temperature.device}, logits on {like.device}")
+    if temperature.device != rows.device:
+        raise ValueError(f"temperature is on {temperature.device}, logits on {rows.device}")
     if temperature.requires_grad:
         raise ValueError("temperature requires a gradient; there is one for logits only")
     try:
-        temperature.broadcast_to(tokens.shape)
+        temperature.broadcast_to(rows.shape)
     except RuntimeError:
         raise ValueError(
-            f"temperature has shape {tuple(temperature.shape)}, tokens {tuple(tokens.shape)}"
+            f"temperature has shape {tuple(temperature.shape)}, the rows {tuple(rows.shape)}"
         ) from None
 
 
@@ -168,6 +179,10 @@ def _check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, name: str = ""
 ) -> None:
     """What the ops on hidden @ weight.T + bias ask of these; `name` is a prefix like "ref_"."""
+    if not hidden.is_floating_point():
+        raise ValueError(f"{name}hidden must be floating point, not {hidden.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name}weight has shape {tuple(weight.shape)}: it is empty")
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name}hidden has shape {tuple(hidden.shape)}, {name}weight {tuple(weight.shape)}; "
@@ -218,6 +233,18 @@ def _logits(
         )
 
 
+def _without_padding(vocab_start: int, vocab_size: int | None, *rows: Tensor | None) -> list[Any]:
+    """rows (V, …), 0 at and beyond vocab_size, where they may hold anything."""
+    if vocab_size is None:
+        return list(rows)
+
+    def cleared(x: Tensor) -> Tensor:
+        counts = torch.arange(vocab_start, vocab_start + len(x), device=x.device) < vocab_size
+        return torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
+
+    return [x if x is None else cleared(x) for x in rows]
+
+
 def _as_linear(*tensors: Tensor | None) -> list[Any]:
     """Under autocast, cast as torch.nn.Linear would."""
     device = next(x for x in tensors if x is not None).device.type
@@ -249,9 +276,7 @@ def linear_token_logprobs(
     """
     hidden, weight, bias = _as_linear(hidden, weight, bias)
     _check_linear(hidden, weight, bias, tokens)
-    if vocab_size is not None:
-        V = min(max(vocab_size - vocab_start, 1), len(weight))  # padding rows may hold anything
-        weight, bias = weight[:V], None if bias is None else bias[:V]
+    weight, bias = _without_padding(vocab_start, vocab_size, weight, bias)
     logits = _logits(hidden, weight, bias, tokens != ignore_index, group)
     return token_logprobs(
         logits, tokens, temperature=temperature, entropy=entropy, ignore_index=ignore_index,
@@ -310,8 +335,7 @@ def _check_rows(
     vocab_size: int | None,
 ) -> None:  # fmt: skip
     """What `exact_kl` asks of what goes by rows (...)."""
-    tokens = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
-    _check_vocabulary(tokens, temperature, vocab_start, vocab_size, rows)
+    _check_vocabulary(rows, temperature, vocab_start, vocab_size)
     if mask is not None and mask.shape != rows.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, the KL {tuple(rows.shape)}")
 
@@ -406,9 +430,7 @@ def linear_exact_kl(
     ref_hidden, ref_weight = _as_linear(ref_hidden, ref_weight)
     _check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
     _check_rows(hidden[..., 0], mask, temperature, vocab_start, vocab_size)
-    if vocab_size is not None:
-        V = min(max(vocab_size - vocab_start, 1), len(weight))  # padding rows may hold anything
-        weight, ref_weight = weight[:V], ref_weight[:V]
+    weight, ref_weight = _without_padding(vocab_start, vocab_size, weight, ref_weight)
     counted = None if mask is None else mask != 0
     return exact_kl(
         _logits(hidden, weight, None, counted, group),
@@ -465,6 +487,8 @@ def _check_gae(
     _one_of("mask_mode", mask_mode, ("carry", "decay"))
     _same_shape(rewards=rewards, values=values, mask=mask)
     S = _sequences(mask.shape, cu_seqlens)
+    if bootstrap is not None and not isinstance(bootstrap, Tensor):
+        raise ValueError(f"bootstrap is {bootstrap}; it must be a tensor, a value per sequence")
     for name, x in ("gamma", gamma), ("lam", lam), ("bootstrap", bootstrap):
         if isinstance(x, Tensor):
             if x.shape != (S,):
@@ -631,7 +655,7 @@ def _check_loss(
 ) -> None:  # fmt: skip
     """What `policy_loss` and `value_loss` both ask of their arguments."""
     _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
-    if not clip_range > 0:
+    if not isinstance(clip_range, (int, float)) or not clip_range > 0:
         raise ValueError(f"clip_range is {clip_range}; it must be positive")
     _check_denominator(denominator)
     if aggregation == "sequence-mean":
@@ -642,6 +666,8 @@ def _check_denominator(denominator: float | Tensor | None) -> None:
     if isinstance(denominator, Tensor):
         if denominator.dim() != 0:
             raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be 0-d")
+        if denominator.requires_grad:
+            raise ValueError("denominator requires grad, and is a constant here: detach it")
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator is {denominator}; it must be positive")
 
@@ -750,8 +776,9 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...)."""
     logprobs: Any = linear_token_logprobs(
-        hidden, weight, torch.where(mask != 0, tokens, -100), bias=bias, temperature=temperature,
-        vocab_start=vocab_start, vocab_size=vocab_size, group=group,
+        hidden, weight, torch.where(mask != 0, tokens, IGNORED), bias=bias,
+        temperature=temperature, ignore_index=IGNORED, vocab_start=vocab_start,
+        vocab_size=vocab_size, group=group,
     )  # fmt: skip
     return policy_loss(
         logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,
@@ -802,7 +829,7 @@ def _check_ranking(
     _same_shape(scores=scores, ranks=ranks)
     if scores.dim() != 1:
         raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (M,)")
-    _check_bounds("cu_prompts", cu_prompts, len(scores))
+    _check_bounds("cu_prompts", cu_prompts, scores.shape[0])
     _check_denominator(denominator)
 
 

@@ -81,13 +81,13 @@ CALLS: dict[str, Callable[[], object]] = {
         mask=mask()[0, :8],
     ),
     **{
-        f"linear_token_logprobs-{dtype}{suffix}": lambda dtype=dtype, options=options: (
+        f"linear_token_logprobs-{dtype}-{d}{suffix}": lambda dtype=dtype, d=d, options=options: (
             linear_token_logprobs(
-                torch.zeros(300, 4096, dtype=dtype), torch.zeros(5000, 4096, dtype=dtype),
+                torch.zeros(300, d, dtype=dtype), torch.zeros(5000, d, dtype=dtype),
                 tokens(300), **options,
             )
         )
-        for dtype in (half, single, torch.float16)
+        for dtype, d in ((half, 4096), (half, 100), (single, 4096), (single, 100))
         for suffix, options in {
             "": {},
             "-entropy": {
@@ -134,6 +134,21 @@ CALLS: dict[str, Callable[[], object]] = {
         real(8 * 4096), *packed(2), mask().view(-1), aggregation="sequence-mean",
         cu_seqlens=bounds(),
     ),
+    "policy_loss-fp64": lambda: policy_loss(
+        real(8, 64, dtype=torch.float64), *(torch.zeros(2, 8, 64)), mask()[:, :64], dual_clip=3.0
+    ),
+    "value_loss-fp64": lambda: value_loss(
+        real(8, 64, dtype=torch.float64), *(torch.zeros(2, 8, 64)), mask()[:, :64]
+    ),
+    "token_kl-fp64": lambda: token_kl(
+        real(64, dtype=torch.float64), torch.zeros(64), estimator="k3"
+    ),
+    "ppo_advantages-fp64": lambda: ppo_advantages(
+        torch.zeros(8).double(), *padded(3), mask(), kl_coef=0.1, whiten_rewards=True
+    ),
+    "ranking_loss-fp64": lambda: ranking_loss(
+        real(64, dtype=torch.float64), tokens(64), torch.arange(9) * 8
+    ),
     "ranking_loss": lambda: ranking_loss(real(8 * 4096), tokens(8 * 4096), bounds()),
     "ranking_loss-denominator": lambda: ranking_loss(
         real(8 * 4096, dtype=half), tokens(8 * 4096).int(), bounds().int(),
@@ -175,7 +190,7 @@ def test_logits_are_loaded_128_bits_at_a_time(call, architecture) -> None:
 
 def test_the_fused_product_uses_tensor_cores_and_wide_loads(architecture) -> None:
     with FakeGPU(architecture) as gpu:
-        CALLS[f"linear_token_logprobs-{half}"]()
+        CALLS[f"linear_token_logprobs-{half}-4096"]()
     (kernel,) = [kernel for kernel in gpu.kernels if kernel.name == "_fused"]
     assert re.search("HMMA|HGMMA|UTC.?MMA|mfma", kernel.listing)
     assert re.search(r"LDGSTS.*128|UTMALDG|dwordx4", kernel.listing)

@@ -211,6 +211,23 @@ def test_parts_of_a_batch_add_up(device) -> None:
     torch.testing.assert_close(halves[0][2] + halves[1][2], whole[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
+def test_a_loss_scale_does_not_meet_the_range_of_fp16(f, device) -> None:
+    """65536, where GradScaler begins, is no fp16; a probability over n is less than its least."""
+    arguments = episodes((50,), 2000, 16, device, torch.float16)
+    names = ("hidden", "weight", "tokens")
+    if f is linear_cross_entropy:
+        arguments = {k: arguments[k] for k in names}
+    scaled, exact = [], []
+    for given, out in (arguments, scaled), (wide(arguments), exact):
+        leaves = {k: given[k].detach().clone().requires_grad_() for k in names[:2]}
+        loss = f(**given | leaves, denominator=4096)
+        (65536 * (loss[0] if isinstance(loss, tuple) else loss)).backward()
+        out += [x.grad.double() for x in leaves.values()]
+    for x, y in zip(scaled, exact):
+        assert x.isfinite().all() and (x - y).abs().max() < 1e-3 * y.abs().max()
+
+
 def test_never_waits_for_the_device(device) -> None:
     arguments = episodes((12,), 40, 8, device)
     bounds = torch.tensor([0, 4, 4, 9, 12], device=device)

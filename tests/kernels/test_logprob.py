@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.forked_world import run_world
 from tests.kernels.callers import LAYOUTS as MEMORY
@@ -212,6 +213,7 @@ LAYOUTS = {
     "slice of time": lambda x: x.view(2, 6, 20)[:, :-1],
     "transposed": lambda x: x.view(20, 12).t(),
     "every second column": lambda x: x.view(6, 40)[:, ::2],
+    "rows that overlap": lambda x: x[:40].unfold(0, 8, 1),
     "expanded": lambda x: x[:20].expand(2, 3, 20),
     "four dimensions": lambda x: x.view(2, 3, 2, 20).transpose(0, 2)[:, :2],
     "logits (V,), one token": lambda x: x,
@@ -344,8 +346,22 @@ def test_inplace_backward_writes_over_the_logits(device) -> None:
     token_logprobs(computed, tokens, inplace_backward=True).sum().backward()
     assert torch.equal(computed.detach(), expected.grad)
     assert torch.equal(logits.grad, expected.grad)
-    with pytest.raises(ValueError, match="inplace_backward"):
-        token_logprobs(logits[:1].expand(3, 40), tokens, inplace_backward=True)
+    for bad in logits, computed[:1].expand(3, 40), computed[0].unfold(0, 38, 1):
+        with pytest.raises(ValueError, match="inplace_backward"):
+            token_logprobs(bad, tokens, inplace_backward=True)
+
+
+def test_logits_written_over_are_not_read_again(device) -> None:
+    """PyTorch sees the write: neither a second backward nor a producer gets wrong numbers."""
+    x = torch.randn(3, 40, device=device, requires_grad=True)
+    tokens = torch.tensor([1, -100, 39], device=device)
+    total = token_logprobs(x * 1.0, tokens, inplace_backward=True).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+    total = token_logprobs(x.sigmoid(), tokens, inplace_backward=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
 
 
 @pytest.mark.filterwarnings("ignore:.*aot_eager.*")
@@ -362,6 +378,18 @@ def test_compiles_into_one_graph(device) -> None:
     compiled.backward()
     loss(y).backward()
     assert torch.equal(compiled, loss(y)) and torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.filterwarnings("ignore:.*aot_eager.*")
+def test_other_lengths_compile_once_more_at_most(device) -> None:
+    """The first other length makes the number of rows dynamic; ragged batches stop there."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    f = torch.compile(lambda x, y: token_logprobs(x, y).sum(), backend=counter, fullgraph=True)
+    for n in 5, 7, 9, 12:
+        x = torch.randn(n, 40, device=device, requires_grad=True)
+        f(x, torch.zeros(n, dtype=torch.long, device=device)).backward()
+    assert counter.frame_count <= 2
 
 
 def test_registered_as_pytorch_asks(device) -> None:
