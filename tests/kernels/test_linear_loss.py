@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -213,8 +214,11 @@ def test_parts_of_a_batch_add_up(device) -> None:
 
 @pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
 def test_a_loss_scale_does_not_meet_the_range_of_fp16(f, device) -> None:
-    """65536, where GradScaler begins, is no fp16; a probability over n is less than its least."""
+    """2^31 / 4096 is no fp16, nor is a probability over 4096; their product with a sum is."""
     arguments = episodes((50,), 2000, 16, device, torch.float16)
+    arguments |= {k: arguments[k] / 1000 for k in ("hidden", "weight")}
+    arguments["old_logprobs"] = torch.full((50,), -math.log(2000), device=device)
+    del arguments["bias"]
     names = ("hidden", "weight", "tokens")
     if f is linear_cross_entropy:
         arguments = {k: arguments[k] for k in names}
@@ -222,7 +226,7 @@ def test_a_loss_scale_does_not_meet_the_range_of_fp16(f, device) -> None:
     for given, out in (arguments, scaled), (wide(arguments), exact):
         leaves = {k: given[k].detach().clone().requires_grad_() for k in names[:2]}
         loss = f(**given | leaves, denominator=4096)
-        (65536 * (loss[0] if isinstance(loss, tuple) else loss)).backward()
+        (2.0**31 * (loss[0] if isinstance(loss, tuple) else loss)).backward()
         out += [x.grad.double() for x in leaves.values()]
     for x, y in zip(scaled, exact):
         assert x.isfinite().all() and (x - y).abs().max() < 1e-3 * y.abs().max()
