@@ -45,6 +45,7 @@ from tetrad.kernels.logprob import (
     columns_that_count,
     decay,
     finite,
+    in_units,
     per_token,
     unit_of,
 )
@@ -237,10 +238,6 @@ def _backward(
     )
 
 
-def _in_units(x: Tensor, unit: int) -> tuple[int, int, int]:
-    return x.stride(0) // unit, x.stride(1) // unit, x.stride(2)
-
-
 def _joined(parts: Tensor, t: float | Tensor) -> Tensor:
     """Parts (parts, 5, N) of the rows, joined into one (5, N)."""
     _, _, N = parts.shape
@@ -254,7 +251,7 @@ def _joined(parts: Tensor, t: float | Tensor) -> Tensor:
 
 
 def _row_parts(x: Tensor, y: Tensor, mask: Tensor | None, t: float | Tensor, V: int) -> Tensor:
-    """The joined part (5, N) of each row of logits x and y (outer, inner, columns)."""
+    """Parts (splits, 5, N) of the rows of logits x and y (outer, inner, columns)."""
     N = x.shape[0] * x.shape[1]
     block = min(row_block(V), BLOCK)
     split = BLOCKS_PER_SPLIT * block
@@ -262,21 +259,22 @@ def _row_parts(x: Tensor, y: Tensor, mask: Tensor | None, t: float | Tensor, V: 
     unit = unit_of(x, y, V=V)
     if N:
         _forward[(N, len(parts))](
-            parts, x, y, mask, t, x.shape[1], *_in_units(x, unit), *_in_units(y, unit),
+            parts, x, y, mask, t, x.shape[1], *in_units(x, unit), *in_units(y, unit),
             V // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit,
             BLOCK=block, GROUP=min(16 // z.element_size() for z in (x, y)), SPLIT=split,
             num_warps=4,
         )  # fmt: skip
-    return _joined(parts, t)
+    return parts
 
 
 def _finished(
-    joined: Tensor, mask: Tensor | None, t: float | Tensor, group: str | None
+    parts: Tensor, mask: Tensor | None, t: float | Tensor, group: str | None
 ) -> tuple[Tensor, Tensor]:
-    """KL (N,), and M, S, K, U, KL (5, N), from the joined part of this rank's columns."""
-    parts = joined[None] if group is None else all_gather(joined, group)
-    N = joined.shape[1]
-    kl, saved = joined.new_empty(N), torch.empty_like(joined)
+    """KL (N,), and M, S, K, U, KL (5, N), from the parts of this rank's columns."""
+    if group is not None:
+        parts = all_gather(_joined(parts, t), group)
+    N = parts.shape[2]
+    kl, saved = parts.new_empty(N), torch.empty_like(parts[0])
     if N:
         _combine[(triton.cdiv(N, ROWS_PER_COMBINE),)](
             saved, kl, parts, mask, t, len(parts), N, PER_TOKEN=isinstance(t, Tensor), FINISH=True,
@@ -295,7 +293,7 @@ def _write_dlogits(
     if N:
         _backward[(N, triton.cdiv(n_columns, block))](
             dlogits, dkl.contiguous(), x, y, mask, t, saved, x.shape[1],
-            *_in_units(dlogits, unit), *_in_units(x, unit), *_in_units(y, unit),
+            *in_units(dlogits, unit), *in_units(x, unit), *in_units(y, unit),
             V // unit, n_columns // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit,
             BLOCK=block, num_warps=4,
         )  # fmt: skip
@@ -398,9 +396,10 @@ def _linear_exact_kl(
         x = logits_of(hidden[rows], weight[:V], None)
         y = logits_of(ref_hidden[rows], ref_weight[:V], None)
         rows_t = t[rows] if isinstance(t, Tensor) else t
-        joined[:, rows] = _row_parts(x, y, None if mask is None else mask[rows], rows_t, V)
+        parts = _row_parts(x, y, None if mask is None else mask[rows], rows_t, V)
+        joined[:, rows] = _joined(parts, rows_t)
         del x, y  # before the next piece is made
-    return _finished(joined, mask, t, group)
+    return _finished(joined[None], mask, t, group)
 
 
 @op(lambda dkl, hidden, weight, *rest: gradients_like(hidden, weight, None, *rest[-2:])[:2])

@@ -36,10 +36,15 @@ def real_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def refuse_gradients(**tensors: Tensor | None) -> None:
     """Say so, rather than cut the graph silently."""
     for name, x in tensors.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+        if wants_gradient(x):
             raise ValueError(f"{name} requires grad, and is a constant here: detach it")
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
-from tetrad.kernels.launch import all_reduce, group_name, op, runs_kernel
+from tetrad.kernels.launch import all_reduce, group_name, op, runs_kernel, wants_gradient
 from tetrad.kernels.logprob import (
     LOG2E,
     columns_that_count,
@@ -374,9 +374,7 @@ def linear_token_logprobs(
         )  # fmt: skip
     reference._check_tokens(tokens, hidden)
     reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
-    with_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (hidden, weight, bias)
-    )
+    with_gradient = wants_gradient(hidden, weight, bias)
     logprobs, entropies, _, _ = _linear_token_logprobs(
         row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
         *per_token(temperature, tokens), entropy, ignore_index, vocab_start,

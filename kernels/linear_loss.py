@@ -31,6 +31,7 @@ from tetrad.kernels.launch import (
     op,
     refuse_gradients,
     runs_kernel,
+    wants_gradient,
 )
 from tetrad.kernels.linear_logprob import (
     add_product,
@@ -115,10 +116,6 @@ def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     return *gradients, *ctx.constants
 
 
-def _wanted(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _scale(like: Tensor, denominator: float, denominators: Tensor | None, count: Tensor) -> Tensor:
     """1 / n, () fp32: of the tensor, else of the number, else, where this is 0, of the count."""
     if denominators is not None:
@@ -190,7 +187,7 @@ def linear_cross_entropy(
             hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group, denominator=denominator,
         )  # fmt: skip
-    if not _wanted(hidden, weight, bias):
+    if not wants_gradient(hidden, weight, bias):
         logprobs = linear_token_logprobs(
             hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group,
@@ -325,7 +322,7 @@ def linear_policy_loss(
     reference._check_tokens(tokens, hidden)
     reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     tokens = torch.where(mask != 0, tokens, IGNORED)
-    if not _wanted(hidden, weight, bias):
+    if not wants_gradient(hidden, weight, bias):
         logprobs: Any = linear_token_logprobs(
             hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=IGNORED,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group,

@@ -282,6 +282,11 @@ def unit_of(*tensors: Tensor, V: int) -> int:
     return 8 if aligned and V % 8 == 0 and all(s % 8 == 0 for s in strides) else 1
 
 
+def in_units(x: Tensor, unit: int) -> tuple[int, int, int]:
+    """Strides of x (outer, inner, columns) as the kernels take them."""
+    return x.stride(0) // unit, x.stride(1) // unit, x.stride(2)
+
+
 def row_parts(
     logits: Tensor, tokens: Tensor, t: float | Tensor, entropy: bool, ignore_index: int,
     vocab_start: int, V: int,
@@ -292,12 +297,11 @@ def row_parts(
     split = BLOCKS_PER_SPLIT * block
     parts = logits.new_empty(max(triton.cdiv(V, split), 1), 3 + entropy, N, dtype=torch.float32)
     unit = unit_of(logits, V=V)
-    outer_stride, inner_stride, column_stride = logits.stride()
     if N:
         _forward[(N, len(parts))](
             parts, logits, tokens, t, ignore_index, vocab_start, logits.shape[1],
-            outer_stride // unit, inner_stride // unit, column_stride, V // unit, N,
-            PER_TOKEN=isinstance(t, Tensor), ENTROPY=entropy, UNIT=unit, BLOCK=block,
+            *in_units(logits, unit), V // unit, N, PER_TOKEN=isinstance(t, Tensor),
+            ENTROPY=entropy, UNIT=unit, BLOCK=block,
             GROUP=16 // logits.element_size(), SPLIT=split, num_warps=4,
         )  # fmt: skip
     return parts
@@ -342,12 +346,12 @@ def write_dlogits(
     N, n_columns = len(tokens), logits.shape[2]
     block = row_block(n_columns)
     unit = unit_of(dlogits, logits, V=V)
-    strides = (s // u for x in (dlogits, logits) for s, u in zip(x.stride(), (unit, unit, 1)))
     if N:
         _backward[(N, triton.cdiv(n_columns, block))](
             dlogits, None if dlogprobs is None else dlogprobs.contiguous(),
             None if dentropy is None else dentropy.contiguous(), logits, tokens, t, saved,
-            entropies, ignore_index, vocab_start, logits.shape[1], *strides, V // unit,
+            entropies, ignore_index, vocab_start, logits.shape[1], *in_units(dlogits, unit),
+            *in_units(logits, unit), V // unit,
             n_columns // unit, N, PER_TOKEN=isinstance(t, Tensor), UNIT=unit, BLOCK=block,
             num_warps=4,
         )  # fmt: skip

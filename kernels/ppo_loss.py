@@ -34,6 +34,7 @@ from tetrad.kernels.launch import (
     real_dtype,
     refuse_gradients,
     runs_kernel,
+    wants_gradient,
 )
 
 POLICY_STATISTICS = ("clip_fraction", "approx_kl", "ratio_mean", "ratio_max")
@@ -285,14 +286,16 @@ def _launch(
     )  # fmt: skip
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    """Of a loss, statistics, its gradient by the first input up to a factor, that factor."""
     ctx.dtype, ctx.constants = inputs[0].dtype, (None,) * (len(inputs) - 1)
     ctx.save_for_backward(*output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+def scaled_gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    """The gradient that was kept, times its factor and the upstream gradient."""
     gradient, scale = ctx.saved_tensors
     dx = None if dloss is None else (gradient * (dloss * scale)).to(ctx.dtype)
     return dx, *ctx.constants
@@ -327,8 +330,8 @@ def _value_loss(
     return outputs
 
 
-_policy_loss.differentiate(_setup_context, _gradient)
-_value_loss.differentiate(_setup_context, _gradient)
+_policy_loss.differentiate(keep_gradient, scaled_gradient)
+_value_loss.differentiate(keep_gradient, scaled_gradient)
 
 
 def policy_loss(
@@ -369,7 +372,7 @@ def policy_loss(
             aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     loss, stats, _, _ = _policy_loss(
-        logprobs, old_logprobs, advantages, torch.is_grad_enabled() and logprobs.requires_grad,
+        logprobs, old_logprobs, advantages, wants_gradient(logprobs),
         mask, cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
         None if dual_clip is None else float(dual_clip),
     )  # fmt: skip
@@ -402,7 +405,7 @@ def value_loss(
             denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     loss, stats, _, _ = _value_loss(
-        values, old_values, returns, torch.is_grad_enabled() and values.requires_grad, mask,
+        values, old_values, returns, wants_gradient(values), mask,
         cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
     )  # fmt: skip
     names = ("clip_fraction", "value_mean", "return_mean", "error")

@@ -25,9 +25,10 @@ from tetrad.kernels.launch import (
     programs,
     real_dtype,
     runs_kernel,
+    wants_gradient,
 )
 from tetrad.kernels.logprob import log1p
-from tetrad.kernels.ppo_loss import finish
+from tetrad.kernels.ppo_loss import finish, keep_gradient, scaled_gradient
 
 BLOCK = 16  # completions in the side of a tile: K is 4 to 9 in Ouyang et al. 2022
 
@@ -130,20 +131,7 @@ def _ranking_loss(
     return outputs
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-    gradient, scale = ctx.saved_tensors
-    dscores = None if dloss is None else (gradient * (dloss * scale)).to(ctx.dtype)
-    return dscores, *(None,) * 5
-
-
-_ranking_loss.differentiate(_setup_context, _gradient)
+_ranking_loss.differentiate(keep_gradient, scaled_gradient)
 
 
 def ranking_loss(
@@ -165,7 +153,7 @@ def ranking_loss(
     if not runs_kernel(scores):
         return reference.ranking_loss(scores, ranks, cu_prompts, denominator=denominator)
     loss, accuracy, _, _ = _ranking_loss(
-        scores, torch.is_grad_enabled() and scores.requires_grad, ranks, cu_prompts,
+        scores, wants_gradient(scores), ranks, cu_prompts,
         *number_or_tensor(denominator),
     )  # fmt: skip
     return loss, accuracy

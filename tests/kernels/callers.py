@@ -10,6 +10,9 @@ from torch import Tensor
 from tetrad.kernels import reference
 
 LAYOUTS = ("contiguous", "end", "transposed", "sliced")
+# Columns of a vocabulary of 50 on each rank, of which 45 count: the second of two shards ends in
+# padding, the third of three is nothing but padding, and no shard is as wide as another.
+SHARDS = {2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}
 WAITS = {"item", "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique"}
 
 

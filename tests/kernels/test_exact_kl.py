@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from tests.forked_world import run_world
-from tests.kernels.callers import LAYOUTS, laid_out, no_host_sync, replayed
+from tests.kernels.callers import LAYOUTS, SHARDS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import exact_kl as module
 from tetrad.kernels import linear_logprob, reference
@@ -319,9 +319,6 @@ def test_bad_input_is_refused(ours, message) -> None:
     with pytest.raises(ValueError, match=r"ref_hidden @ ref_weight.T has shape \(2, 4\)"):
         zeros = torch.zeros
         ours.linear_exact_kl(zeros(2, 3), zeros(5, 3), zeros(2, 3), zeros(4, 3))
-
-
-SHARDS = {2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}  # of 50 columns, 45 count
 
 
 @pytest.mark.parametrize("ranks", SHARDS)

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies
 from torch import Tensor
 
 from tests.forked_world import run_world
-from tests.kernels.callers import laid_out, no_host_sync, replayed
+from tests.kernels.callers import SHARDS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import linear_logprob, reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
@@ -334,11 +334,6 @@ def test_bad_input_is_refused(logprobs_of, message) -> None:
     }
     with pytest.raises(ValueError, match=message):
         logprobs_of(**good | BAD[message])
-
-
-# 45 of 50 columns count: the second of two shards ends in padding, the third of three is nothing
-# but padding.
-SHARDS = {2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}
 
 
 @pytest.mark.parametrize("ranks", SHARDS)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.forked_world import run_world
-from tests.kernels.callers import no_host_sync, replayed
+from tests.kernels.callers import SHARDS, no_host_sync, replayed
 from tests.kernels.test_linear_logprob import inputs
 from tetrad.kernels import linear_logprob, linear_loss, reference
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
@@ -282,9 +282,6 @@ def test_compiles_into_one_graph(device) -> None:
 
     compiled, _ = run(torch.compile(total, backend="aot_eager", fullgraph=True), arguments)
     assert all(torch.equal(x, y) for x, y in zip(compiled, run(total, arguments)[0], strict=True))
-
-
-SHARDS = {2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}  # of 50 columns, 45 count
 
 
 @pytest.mark.parametrize("ranks", SHARDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.forked_world import run_world
+from tests.kernels import callers
 from tests.kernels.callers import LAYOUTS as MEMORY
 from tests.kernels.callers import laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
@@ -536,9 +537,7 @@ def test_bad_input_is_refused(logprobs_of, message) -> None:
         logprobs_of(**good | BAD[message])
 
 
-# 45 of 50 columns count: the second of two shards ends in padding, the third of three is nothing
-# but padding, and no shard is as wide as another.
-SHARDS = {1: [50], 2: [37, 13], 3: [20, 27, 3], 4: [13, 1, 30, 6]}
+SHARDS = {1: [50]} | callers.SHARDS
 
 
 @pytest.mark.parametrize("ranks", SHARDS)
