@@ -11,11 +11,14 @@ Where CUDA is present `install` changes nothing.
 """
 
 import ast
+import importlib
 import importlib.abc
 import importlib.machinery
+import math
 import sys
 import types
 import warnings
+from functools import lru_cache
 
 import torch
 
@@ -32,10 +35,30 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
+def total_memory() -> float:
+    """Bytes of this rank's GPU; without one, as many as one likes."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else math.inf
+
+
+def peak_memory() -> int:
+    """The most bytes of the GPU that were allocated at once so far; 0 without a GPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+@lru_cache
+def apex_norms():
+    """NVIDIA apex's module of fused norms, or None. The apex of PyPI is another package."""
+    name = "apex.normalization.fused_layer_norm"
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
 def install() -> None:
     """Adapt megatron.core to this machine. Call it before anything imports megatron.core."""
     warnings.filterwarnings("ignore", module="megatron")  # five remarks on packages not installed
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.checkpoint")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(tp_group|Apex|Transformer Engine).*")
     if torch.cuda.is_available() or installed():
         return

@@ -5,13 +5,16 @@ key-value cache, and leaves the batch when it ends. Random numbers belong to (se
 layout does not change a sample, nor do the rows beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tetrad.kernels.linear_logprob import matmul
 from tetrad.parallel import device
 from tetrad.parallel.attention import KVCache, Packing
 from tetrad.parallel.engine import Engine
@@ -44,7 +47,7 @@ def generate(
     rows_at_once bounds the key-value cache of a rank. Raises ValueError when a prompt is empty or
     does not leave room for max_new tokens.
     """
-    limit = engine.core.architecture.max_length
+    limit = engine.architecture.max_length
     for i, prompt in enumerate(prompts):
         if not prompt or len(prompt) + max_new > limit:
             raise ValueError(
@@ -58,12 +61,15 @@ def generate(
     tokens = torch.zeros(R, max_new, dtype=torch.float64, device=where)
     logprobs = torch.zeros_like(tokens)
     lengths = torch.zeros(R, dtype=torch.float64, device=where)
-    mine = range(engine.topology.dp_rank, R, engine.topology.dp)
+    replicas = engine.topology.groups.dp_cp  # context-parallel ranks share the rows, not the tokens
+    mine = range(replicas.rank(), R, replicas.size())
+    engine.bring(reading=True)
     for i in range(0, len(mine), rows_at_once):
         rows = list(mine[i : i + rows_at_once])
         decoder = _Decoder(engine, [list(prompts[r]) for r in rows], max_new, eos_id, temperature)
-        decoder.run(uniform[rows])
-        if engine.topology.speaks:
+        with _whole_sequences(engine):
+            decoder.run(uniform[rows])
+        if engine.topology.is_last_stage and engine.topology.tp_rank == 0:
             tokens[rows], logprobs[rows] = decoder.tokens, decoder.logprobs
             lengths[rows] = decoder.lengths.double()
     for x in (tokens, logprobs, lengths):
@@ -99,47 +105,54 @@ class _Decoder:
     def run(self, uniform: Tensor) -> None:
         """Fill tokens, logprobs (R, max_new) and lengths (R,), given uniform (R, max_new)."""
         where = device.device()
-        self.engine.core.eval()
         uniform = uniform.to(where)
         active = torch.arange(len(self.prompts), device=where)
         feed = torch.tensor([t for p in self.prompts for t in p], device=where)
-        fed = torch.tensor([len(p) for p in self.prompts], device=where)
-        held = torch.zeros_like(fed)  # tokens of each active row in the cache
+        lengths = [len(p) for p in self.prompts]
+        held = torch.zeros_like(active)  # tokens of each active row in the cache
         for step in range(self.max_new):
-            bounds = torch.nn.functional.pad(fed.cumsum(0), (1, 0))
-            packing = Packing(bounds, bounds[1:] - 1, self.cache, held)
-            chosen, logprobs = self._broadcast(self._forward(feed, packing), uniform[active, step])
+            last = torch.tensor(lengths).cumsum(0) - 1
+            packing = Packing(lengths, last, where=where, cache=self.cache, start=held)
+            draw = partial(self._draw, uniform=uniform[active, step])
+            chosen, logprobs = self._broadcast(self._forward(feed, packing, draw), len(active))
             self.tokens[active, step], self.logprobs[active, step] = chosen, logprobs
             self.lengths[active] += 1
             going = chosen != self.eos_id
+            held = (held + torch.tensor(lengths, device=where))[going]
             active, feed = active[going], chosen[going].long()
-            held, fed = (held + fed)[going], torch.ones_like(fed)[going]
-            if not len(active):
+            lengths = [1] * len(active)
+            if not lengths:
                 break
-            if len(active) < len(going):
+            if len(lengths) < len(going):
                 self.cache.keep(going)
 
-    def _forward(self, tokens: Tensor, packing: Packing) -> Tensor:
-        """Through the pipeline; the logits (R, V / tp) on the last stage."""
+    def _forward(self, tokens: Tensor, packing: Packing, draw: Callable) -> Tensor:
+        """Through the chunks of the pipeline; what `draw` made on the last."""
         engine, t = self.engine, self.engine.topology
-        shape = (len(tokens), 1, engine.core.config.hidden_size)
-        engine.core.set_input_tensor(engine.p2p.recv_forward(shape, t.is_first_stage))
-        output = engine.model(tokens, packing)
-        engine.p2p.send_forward(output, t.is_last_stage)
+        shape = (len(tokens), 1, engine.config.hidden_size)
+        for i, (core, chunk) in enumerate(zip(engine.cores, engine.chunks)):
+            is_first = t.is_first_stage and i == 0
+            is_last = t.is_last_stage and i == len(engine.cores) - 1
+            core.set_input_tensor(engine.p2p.recv_forward(shape, is_first))
+            output = chunk(tokens, packing, draw)
+            engine.p2p.send_forward(output, is_last)
         return output
 
-    def _broadcast(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample on the last stage and tell all ranks of this replica: tokens, log-probs (R,)."""
+    def _draw(self, hidden: Tensor, weight: Tensor, uniform: Tensor) -> Tensor:
+        """(2, R) fp64: sampled tokens and their log-probs."""
+        chosen = self._sample(matmul(hidden, weight.t()), uniform)
+        logprobs = self.engine.logprobs_of(hidden, weight, chosen, self.temperature or 1.0)
+        return torch.stack([chosen.double(), logprobs.double()])
+
+    def _broadcast(self, drawn: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """What the last stage has drawn, to all ranks of this replica: tokens, log-probs (R,)."""
         t = self.engine.topology
-        both = torch.zeros(2, len(uniform), dtype=torch.float64, device=uniform.device)
-        if t.is_last_stage:
-            chosen = self._sample(logits, uniform)
-            both[0] = chosen
-            both[1] = self.engine.logprobs_of(logits, chosen, self.temperature or 1.0)
+        if not t.is_last_stage:
+            drawn = torch.empty(2, rows, dtype=torch.float64, device=drawn.device)
         if t.tp * t.pp > 1:
             speaker = dist.get_global_rank(t.groups.mp, (t.pp - 1) * t.tp)
-            dist.broadcast(both, speaker, group=t.groups.mp)
-        return both[0], both[1]
+            dist.broadcast(drawn, speaker, group=t.groups.mp)
+        return drawn[0], drawn[1]
 
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """(R,) tokens by inverting the cumulative distribution at `uniform`."""
@@ -148,7 +161,7 @@ class _Decoder:
             shards = [torch.empty_like(logits) for _ in range(t.tp)]
             dist.all_gather(shards, logits.contiguous(), group=t.groups.tp)
             logits = torch.cat(shards, dim=-1)
-        logits = logits[:, : self.engine.core.architecture.vocab_size].double()
+        logits = logits[:, : self.engine.architecture.vocab_size].double()
         if self.temperature == 0:
             return logits.argmax(-1)
         cumulative = (logits / self.temperature).softmax(-1).cumsum(-1)
@@ -156,3 +169,21 @@ class _Decoder:
         return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(
             max=logits.shape[-1] - 1
         )
+
+
+@contextmanager
+def _whole_sequences(engine: Engine):
+    """Switch sequence parallelism off: steps of one token cannot be split."""
+    switched = []
+    for core in engine.cores:
+        core.eval()
+        for module in (core.config, *core.modules()):
+            for name in ("sequence_parallel", "reduce_scatter_embeddings"):
+                if getattr(module, name, False) is True:
+                    setattr(module, name, False)
+                    switched.append((module, name))
+    try:
+        yield
+    finally:
+        for module, name in switched:
+            setattr(module, name, True)

@@ -4,6 +4,7 @@ Every rank holds the whole batch (tokens and a few floats per token are small be
 engine decides which rank computes which part. So the algorithms above read as if alone.
 """
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +40,11 @@ class Batch:
         """(S,) tokens of each sequence."""
         return self.cu_seqlens.diff()
 
+    @property
+    def counted(self) -> int:
+        """The number of response tokens, at least 1: what a mean over them is divided by."""
+        return max(1, int(self.response_mask.sum()))
+
     def token_index(self, groups: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Indices into the tokens and into the sequences of these groups, in this order."""
         sequences = _ranges(self.cu_groups, groups)
@@ -69,33 +75,32 @@ class Batch:
         )
 
     def share(self, n_ranks: int, budget: int) -> list[list[list[int]]]:
-        """For each rank, its micro-batches as lists of groups: sequences x longest is at most
-        `budget` tokens (a group beyond it is a micro-batch of its own), and the ranks are loaded as
-        evenly as lengths allow."""
+        """For each rank, its micro-batches as lists of groups: at most `budget` tokens each (a
+        group beyond it is a micro-batch of its own). Ranks, and the micro-batches of a rank, are
+        loaded as evenly as lengths allow."""
         sizes = self.cu_seqlens[self.cu_groups].diff().tolist()
-        loads = [0] * n_ranks
-        owned: list[list[int]] = [[] for _ in range(n_ranks)]
-        for group in sorted(range(len(sizes)), key=lambda g: (-sizes[g], g)):
-            rank = loads.index(min(loads))
-            loads[rank] += sizes[group]
-            owned[rank].append(group)
-        return [self._cut(mine, budget) for mine in owned]
+        owned = _balance(range(len(sizes)), sizes, n_ranks)
+        return [self._cut(mine, sizes, budget) for mine in owned]
 
-    def _cut(self, groups: list[int], budget: int) -> list[list[int]]:
-        """Groups of like length together, so that sequences x longest stays within the budget:
-        attention lays them side by side."""
-        counts, lengths = self.cu_groups.diff().tolist(), self.lengths.tolist()
-        bounds = self.cu_groups.tolist()
-        longest = {g: max(lengths[bounds[g] : bounds[g + 1]], default=0) for g in groups}
-        pieces: list[list[int]] = []
-        held = widest = 0
-        for group in sorted(groups, key=lambda g: (-longest[g], g)):
-            if not pieces or (held + counts[group]) * widest > budget:
-                pieces.append([])
-                held, widest = 0, longest[group]
-            pieces[-1].append(group)
-            held += counts[group]
-        return pieces
+    @staticmethod
+    def _cut(groups: list[int], sizes: list[int], budget: int) -> list[list[int]]:
+        """As few balanced micro-batches as the budget allows."""
+        for n in range(-(-sum(sizes[g] for g in groups) // budget), len(groups)):
+            pieces = _balance(groups, sizes, n)
+            if all(len(p) <= 1 or sum(sizes[g] for g in p) <= budget for p in pieces):
+                return [piece for piece in pieces if piece]
+        return [[group] for group in groups]
+
+
+def _balance(groups: Iterable[int], sizes: list[int], n: int) -> list[list[int]]:
+    """The groups in n parts: the largest first, each to the part that has least so far."""
+    loads = [(0, i) for i in range(n)]
+    parts: list[list[int]] = [[] for _ in range(n)]
+    for group in sorted(groups, key=lambda g: (-sizes[g], g)):
+        load, i = heapq.heappop(loads)
+        parts[i].append(group)
+        heapq.heappush(loads, (load + sizes[group], i))
+    return [sorted(part) for part in parts]
 
 
 def pack(

@@ -3,6 +3,7 @@
 Every training command reads a YAML file, then the overrides, and writes into the folder `out`:
 config.yaml, metrics.jsonl, summary.json, TensorBoard events and checkpoints. On several GPUs:
 torchrun --nproc-per-node N --no-python tetrad COMMAND … parallel.tp=2 parallel.pp=2
+Of import and export the first argument is the model: tetrad import FOLDER out=…
 """
 
 import difflib
@@ -21,8 +22,11 @@ COMMANDS = {  # name: (module and function, config, what it does)
     "sft": ("sft:sft", "SFT", "fine-tune it on demonstrations"),
     "rm": ("rm:rm", "RM", "train a reward model on ranked completions"),
     "ppo": ("ppo:ppo", "PPO", "optimise the policy against the reward model: PPO, PPO-ptx"),
+    "plan": ("planning:plan", "Plan", "bytes, traffic and time of ppo on gpus=N gpu=NAME"),
     "generate": ("evaluate:generate", "Generate", "sample answers to prompts"),
     "evaluate": ("evaluate:evaluate", "Evaluate", "loss on text, reward, win rate, KL"),
+    "import": ("convert:import_model", "Import", "a Hugging Face model as our checkpoint"),
+    "export": ("convert:export_model", "Export", "a run or checkpoint as a Hugging Face model"),
 }
 
 
@@ -61,12 +65,15 @@ def _run(command: str, arguments: list[str]) -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("tetrad").setLevel(level)
+    module, function = where.split(":")
+    if command == "plan":  # arithmetic: needs no processes, nor the seconds that torch takes
+        importlib.import_module(f"tetrad.trainer.{module}").plan(cfg)
+        return
     from tetrad.parallel import device
 
     device.install()  # before anything imports megatron.core
     from tetrad.parallel import topology
 
-    module, function = where.split(":")
     stage: Callable = getattr(importlib.import_module(f"tetrad.trainer.{module}"), function)
     try:
         stage(cfg)
@@ -87,8 +94,14 @@ def _usage() -> str:
 
 
 def doctor() -> str:
-    """Versions, devices, and what runs where."""
+    """Versions, devices, and which path each part takes, and why."""
     import torch
+
+    from tetrad.parallel import device
+
+    device.install()
+    from tetrad.parallel.attention import flash
+    from tetrad.parallel.optimizer import adam_from
 
     def version(package: str) -> str:
         try:
@@ -101,19 +114,21 @@ def doctor() -> str:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     ops = "Triton" if cuda else "interpreted Triton (slow)" if interpreted else "PyTorch reference"
     packages = ("torch", "triton", "megatron-core", "transformers", "datasets", "psutil")
-    # NVIDIA's apex is not PyPI's: only its submodules tell
-    apex = importlib.util.find_spec("apex") and importlib.util.find_spec("apex.normalization")
+    optional = ("flash-attn", "transformer-engine")
+    fused = cuda and device.apex_norms()
     rows = {
         "python": f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores",
-        **{name: version(name) for name in packages},
+        **{name: version(name) for name in (*packages, *optional)},
+        # NVIDIA's apex is not PyPI's: only its submodules tell
+        "NVIDIA apex": "present" if device.apex_norms() else "absent",
         "GPUs": ", ".join(gpus) or "none",
         "processes": "NCCL" if cuda else "gloo",
         "fused ops": ops,
-        "megatron-core": f"{version('megatron-core')}, {'as it is' if cuda else 'adapted to CPU'}",
-        "attention": "scaled_dot_product_attention over right-padded sequences",
-        "flash-attn": f"{version('flash-attn')} (not used)",
-        "NVIDIA apex": f"{'present' if apex else 'absent'} (not used)",
-        "Transformer Engine": f"{version('transformer-engine')} (not used)",
+        "Megatron": "as it is" if cuda else "adapted to the CPU: there is no GPU",
+        "attention": flash()[1],
+        "norms": "NVIDIA apex" if fused else "PyTorch: NVIDIA apex is not installed",
+        "linear layers": "cuBLAS through PyTorch; Transformer Engine's are not used",
+        "Adam": adam_from(),
     }
     return "\n".join(f"{name:20} {value}" for name, value in rows.items())
 

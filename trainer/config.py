@@ -5,7 +5,7 @@ The defaults are InstructGPT's (Ouyang et al. 2022, appendix C) where the paper 
 
 import difflib
 import re
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from tetrad.parallel.settings import Architecture, Schedule
+from tetrad.parallel.settings import PRESETS, Architecture, Layout, Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -22,8 +22,31 @@ RECIPES = Path(__file__).parent / "recipes"
 class Parallel:
     tp: int = 1  # tensor parallel ranks
     pp: int = 1  # pipeline stages; what remains of the processes is data parallel
+    cp: int = 1  # context parallel ranks: each works on a part of every sequence
+    vpp: int = 1  # model chunks of each stage: an interleaved pipeline
+    sequence_parallel: bool = False  # between tp ranks, split tokens where weights are not split
     precision: str = "fp32"  # "fp32" or "bf16" (with fp32 main weights)
-    microbatch_tokens: int = 16384  # of a micro-batch on one rank: sequences x the longest
+    microbatch_tokens: int = 16384  # of a micro-batch on one rank
+    recompute: bool = False  # run each layer again in the backward pass, to keep its input only
+    overlap: bool = False  # data-parallel communication while computing
+    colocate: str = "auto"  # roles "resident" on the GPU, or "swap"ped with host memory
+
+    def layout(self) -> Layout:
+        return Layout(self.tp, self.pp, self.cp, self.vpp, self.sequence_parallel)
+
+
+@dataclass
+class CriticParallel:
+    """The layout of critic and reward model; what is not given is as in `parallel`."""
+
+    tp: int | None = None
+    pp: int | None = None
+    cp: int | None = None
+    vpp: int | None = None
+    sequence_parallel: bool | None = None
+
+    def layout(self, parallel: Parallel) -> Layout:
+        return replace(parallel.layout(), **{k: v for k, v in vars(self).items() if v is not None})
 
 
 @dataclass
@@ -32,17 +55,23 @@ class Model:
 
     init: str | None = None  # a run's folder, a checkpoint or one role's folder in it
     tokenizer: str = "bytes"  # or a local folder or hub name; a checkpoint brings its own
-    family: str = "llama"
+    preset: str | None = None  # a known shape, such as gpt2-117m; other keys given here override it
+    family: str = "llama"  # gpt1, gpt2, llama, qwen2 or qwen3
     num_layers: int = 4
     hidden_size: int = 128
     num_heads: int = 4
     num_kv_heads: int | None = None
+    head_dim: int | None = None  # default hidden_size / num_heads
     ffn_hidden_size: int | None = None
     max_length: int = 2048  # tokens
     tie_embeddings: bool = True
+    rope_base: float = 10000.0
+    rope_scaling: list[float] | None = None  # Llama 3's: factor, low, high, original max_length
+    norm_eps: float = 1e-5
+    windows: list[int] = field(default_factory=list)  # tokens a layer's query sees, cyclic; 0: all
 
     def architecture(self, vocab_size: int) -> Architecture:
-        shape = {k: v for k, v in vars(self).items() if k not in ("init", "tokenizer")}
+        shape = {k: v for k, v in vars(self).items() if k not in ("init", "tokenizer", "preset")}
         return Architecture(vocab_size=vocab_size, **shape)
 
 
@@ -121,6 +150,7 @@ class PPO(Training):
 
     reward: str = MISSING  # the reward model's run or checkpoint
     critic: str | None = None  # default: starts from the reward model
+    critic_parallel: CriticParallel = field(default_factory=CriticParallel)
     reference: str | None = None  # default: model.init
     prompts: Data = field(default_factory=Data)
     max_prompt: int = 1024  # tokens; longer prompts are left out
@@ -139,6 +169,7 @@ class PPO(Training):
     value_clip_range: float = 0.2
     whiten_rewards: bool = False
     whiten_advantages: bool = True
+    ema_decay: float | None = None  # of the average of policy weights; InstructGPT: 0.992
     ptx_coef: float = 0.0  # weight of the pretraining loss; InstructGPT: 27.8
     ptx_ratio: float = 8.0  # pretraining sequences per episode
     ptx_length: int = 512  # tokens of a pretraining sequence
@@ -148,6 +179,17 @@ class PPO(Training):
 
 def _ppo_schedule(lr: float) -> Schedule:
     return Schedule(lr=lr, decay="constant", warmup_steps=10)
+
+
+@dataclass
+class Plan(PPO):
+    """A run of PPO on a machine that need not be there: checkpoints are read if they are given."""
+
+    gpus: int = 8
+    gpu: str = "h200-141gb"  # parallel/estimate.py has the others
+    out: str = ""  # nothing is written
+    reward: str = ""
+    reward_shape: Model = field(default_factory=Model)  # critic's too; default: the policy's
 
 
 @dataclass
@@ -172,6 +214,20 @@ class Evaluate(Run):
 
 
 @dataclass
+class Import:
+    source: str = MISSING  # folder of a Hugging Face model: config.json and safetensors
+    out: str = MISSING  # folder of the checkpoint
+    tokenizer: str | None = None  # "bytes", a folder or hub name; default: a copy of the source's
+
+
+@dataclass
+class Export:
+    source: str = MISSING  # a run's folder, a checkpoint or one role's folder in it
+    out: str = MISSING  # folder of the Hugging Face model
+    shard_size: float = 5e9  # bytes of one file at most
+
+
+@dataclass
 class Demo(Run):
     out: str = "runs/demo"
     scale: float = 1.0  # of all numbers of steps; small ones only show that everything runs
@@ -183,9 +239,15 @@ class ConfigError(ValueError):
 
 
 def parse(schema: type, arguments: list[str]) -> Any:
-    """[CONFIG.yaml] [a.b=value …] -> an object of the schema. Later arguments win."""
+    """[CONFIG.yaml] [a.b=value …] -> an object of the schema. Later arguments win.
+
+    Of a schema with a source, an argument that is no a.b=value is the source.
+    """
     config = OmegaConf.structured(schema)
+    layers = []
     for argument in arguments:
+        if "=" not in argument and hasattr(schema, "source"):
+            argument = f"source={argument}"
         if "=" in argument:
             key, _, text = argument.partition("=")
             _check_key(key, config, argument)
@@ -199,12 +261,25 @@ def parse(schema: type, arguments: list[str]) -> Any:
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or argument
             raise ConfigError(f"{argument}: {key}: {str(error).splitlines()[0]}") from None
+        layers.append(layer)
+    if issubclass(schema, Training):
+        presets = {key: config[key].preset for key in ("model", "reward_shape") if key in config}
+        shapes = {key: _preset(name) for key, name in presets.items() if name is not None}
+        config = OmegaConf.merge(OmegaConf.structured(schema), shapes, *layers)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"missing {', '.join(missing)}; give {missing[0]}=…")
     cfg = OmegaConf.to_object(config)
     _check_ranges(cfg)
     return cfg
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """The keys of `model` that a preset means; the vocabulary is the tokenizer's."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+        raise ConfigError(f"model.preset={name}: unknown preset; the nearest is {near[0]}")
+    return {key: value for key, value in PRESETS[name].items() if key != "vocab_size"}
 
 
 def _override(key: str, text: str, config: DictConfig) -> DictConfig:
@@ -225,9 +300,12 @@ def _override(key: str, text: str, config: DictConfig) -> DictConfig:
 
 _AT_LEAST_ONE = (
     "microbatch_tokens", "save_every", "keep", "length", "max_length", "batch_size", "max_prompt",
-    "minibatch_size", "steps", "ppo_epochs", "max_new", "rows_at_once", "ptx_length",
+    "minibatch_size", "steps", "ppo_epochs", "max_new", "rows_at_once", "ptx_length", "gpus",
 )  # fmt: skip
-_WITHIN = {"validation": (0, 0.9), "gamma": (0, 1), "lam": (0, 1), "dropout": (0, 0.9)}
+_WITHIN = {
+    "ema_decay": (0, 1), "validation": (0, 0.9), "gamma": (0, 1), "lam": (0, 1),
+    "dropout": (0, 0.9),
+}  # fmt: skip
 _POSITIVE = ("epochs", "clip_range", "value_clip_range", "ptx_ratio", "scale")
 _NOT_NEGATIVE = ("temperature", "kl_coef", "ptx_coef")
 
@@ -236,6 +314,8 @@ def _check_ranges(cfg: Any, prefix: str = "") -> None:
     for name, value in vars(cfg).items():
         if is_dataclass(value):
             _check_ranges(value, f"{prefix}{name}.")
+        elif value is None:
+            continue
         elif name in _AT_LEAST_ONE and value < 1:
             raise ConfigError(f"{prefix}{name} is {value}; it must be at least 1")
         elif name in _WITHIN and not _WITHIN[name][0] <= value <= _WITHIN[name][1]:
@@ -247,6 +327,8 @@ def _check_ranges(cfg: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{name} is {value}; it must not be negative")
         elif name == "kl_estimator" and value not in ("k1", "k2", "k3", "abs"):
             raise ConfigError(f"{prefix}{name} is {value}; it must be k1, k2, k3 or abs")
+        elif name == "colocate" and value not in ("resident", "swap", "auto"):
+            raise ConfigError(f"{prefix}{name} is {value}; it must be resident, swap or auto")
 
 
 def as_yaml(config: Any) -> str:

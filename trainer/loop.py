@@ -15,6 +15,7 @@ import yaml
 
 from tetrad.parallel import checkpoint
 from tetrad.parallel.checkpoint import write_text
+from tetrad.parallel.colocate import Memory
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build
 from tetrad.parallel.optimizer import Optimizer
@@ -29,7 +30,7 @@ log = logging.getLogger("tetrad")
 
 def start(cfg: config.Run) -> Topology:
     """Join the other processes; refuse an `out` that holds something else than this run."""
-    topology = initialize(cfg.parallel.tp, cfg.parallel.pp)
+    topology = initialize(cfg.parallel.layout())
     out = Path(cfg.out)
     trained = checkpoint.latest(out / "checkpoints") is not None
     if isinstance(cfg, config.Training):
@@ -101,9 +102,12 @@ def build_role(
     schedule: Schedule | None = None,
     steps: int = 1,
     dropout: float = 0.0,
+    ema_decay: float | None = None,
+    memory: Memory | None = None,
 ) -> Engine:
     """A model with a "language" or "scalar" head, from its checkpoint or fresh; with a schedule it
     can be trained for so many steps. new_head: a scalar model may start from a language model.
+    memory: where its tensors are to be, of `colocate`.
 
     Raises ValueError when the checkpoint has another head or another tokenizer than asked for.
     """
@@ -117,20 +121,21 @@ def build_role(
             )
     else:
         architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
-    precision = cfg.parallel.precision
-    module = build(
-        architecture, head, topology, precision=precision, dropout=dropout, seed=cfg.seed
-    )
+    p = cfg.parallel
+    chunks = build(
+        architecture, head, topology, precision=p.precision, dropout=dropout,
+        recompute=p.recompute, seed=cfg.seed, to_be_loaded=folder is not None,
+    )  # fmt: skip
     if folder:
-        checkpoint.load_weights(module, topology, folder)
+        checkpoint.load_weights(chunks, topology, folder)
     optimizer = None
     if schedule:
-        optimizer = Optimizer(module, topology, schedule, steps, precision)
+        optimizer = Optimizer(
+            chunks, topology, schedule, steps, p.precision,
+            overlap=p.overlap, ema_decay=ema_decay, memory=memory,
+        )  # fmt: skip
     return Engine(
-        module,
-        topology,
-        microbatch_tokens=cfg.parallel.microbatch_tokens,
-        optimizer=optimizer,
+        chunks, topology, microbatch_tokens=p.microbatch_tokens, optimizer=optimizer, memory=memory
     )
 
 

@@ -3,26 +3,31 @@
 `iteration` is the whole algorithm; everything else here prepares or repeats it.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tetrad.kernels.advantages import ppo_advantages
-from tetrad.kernels.ppo_loss import policy_loss, value_loss
+from tetrad.kernels.ppo_loss import value_loss
 from tetrad.kernels.reference import PPOAdvantages
+from tetrad.parallel import checkpoint, device
+from tetrad.parallel.colocate import colocate, held
 from tetrad.parallel.engine import Engine, Loss
+from tetrad.parallel.estimate import GIB
 from tetrad.parallel.packed import Batch, pack_text
-from tetrad.parallel.topology import generator
+from tetrad.parallel.topology import Topology, arrange, generator
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
 from tetrad.trainer.loop import Source, batches, build_role, source_of, start, train
 from tetrad.trainer.metrics import read_metrics, write_summary
+from tetrad.trainer.planning import choose, forecast, run_of
 from tetrad.trainer.rollout import Episodes, rollout
-from tetrad.trainer.sft import language_loss
 
 Text = Callable[[int], Batch]  # optimizer step -> pretraining sequences
 
@@ -31,8 +36,8 @@ Text = Callable[[int], Batch]  # optimizer step -> pretraining sequences
 class Roles:
     policy: Engine
     reference: Engine
-    critic: Engine
     reward: Engine
+    critic: Engine
 
 
 def iteration(
@@ -48,10 +53,10 @@ def iteration(
     # 2. Score: what must stay fixed while the policy moves.
     old_logprobs = roles.policy.logprobs(batch, temperature)
     ref_logprobs = roles.reference.logprobs(batch, temperature)
-    old_values = roles.critic.values(batch)
     scores = roles.reward.scores(batch)
     if cfg.no_eos_score is not None:
         scores = torch.where(episodes.ended.to(scores.device), scores, cfg.no_eos_score)
+    old_values = roles.critic.values(batch)
 
     # 3. Judge: charge for KL at every token, add the score at the last one; advantages.
     mask, cu_seqlens = (x.to(scores.device) for x in (batch.response_mask, batch.cu_seqlens))
@@ -69,35 +74,27 @@ def iteration(
     # 4. Learn: the PPO and the pretraining gradient in one buffer, then policy and critic step.
     log = Log()
     for k, minibatch in minibatches(batch, cfg, i):
-        loss = clipped_policy_loss(minibatch, cfg.clip_range)
-        log.add("policy", roles.policy.accumulate_logprobs(minibatch, loss, temperature))
+        stats = roles.policy.accumulate_policy_loss(
+            minibatch, denominator=minibatch.counted, clip_range=cfg.clip_range,
+            temperature=temperature, more=text is not None,
+        )  # fmt: skip
+        log.add("policy", stats)
         if text is not None:
             pretraining = text(k)
-            loss = language_loss(pretraining, cfg.ptx_coef)
-            log.add("ptx", roles.policy.accumulate_logprobs(pretraining, loss))
+            stats = roles.policy.accumulate_cross_entropy(
+                pretraining, denominator=pretraining.counted, weight=cfg.ptx_coef
+            )
+            log.add("ptx", stats)
+        log.add("policy", roles.policy.step())
         loss = clipped_value_loss(minibatch, cfg.value_clip_range)
         log.add("critic", roles.critic.accumulate_values(minibatch, loss))
-        log.add("policy", roles.policy.step())
         log.add("critic", roles.critic.step())
     return log.means() | described(episodes, scores, judged)
 
 
-def clipped_policy_loss(minibatch: Batch, clip_range: float) -> Loss:
-    """`policy_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
-    n = max(1, int(minibatch.response_mask.sum()))
-
-    def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        old, advantages = part.per_token["old_logprobs"], part.per_token["advantages"]
-        return policy_loss(
-            logprobs, old, advantages, part.response_mask, clip_range=clip_range, denominator=n
-        )
-
-    return loss
-
-
 def clipped_value_loss(minibatch: Batch, clip_range: float) -> Loss:
     """`value_loss` over all tokens of a minibatch, for the engine, which passes it in parts."""
-    n = max(1, int(minibatch.response_mask.sum()))
+    n = minibatch.counted
 
     def loss(values: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         old, returns = part.per_token["old_values"], part.per_token["returns"]
@@ -176,24 +173,12 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
     _, chosen = batches(len(prompts), cfg.batch_size, math.inf, cfg.seed)
     text = _pretraining_text(cfg, source) if cfg.ptx_coef else None
 
-    def role(head: str, init: str, **training) -> Engine:
-        return build_role(
-            cfg, topology, head, config.Model(init=init), source.tokenizer_name, **training
-        )
-
     updates = cfg.steps * cfg.ppo_epochs * cfg.batch_size // cfg.minibatch_size
-    roles = Roles(
-        policy=role("language", cfg.model.init, schedule=cfg.schedule, steps=updates),
-        reference=role("language", cfg.reference or cfg.model.init),
-        critic=role(
-            "scalar", cfg.critic or cfg.reward, schedule=cfg.critic_schedule, steps=updates
-        ),
-        reward=role("scalar", cfg.reward),
-    )
+    roles, memory_used = build_roles(cfg, topology, source.tokenizer_name, updates)
 
     def step(i: int) -> dict[str, float]:
         batch = [prompts[j] for j in chosen(i)]
-        return iteration(roles, batch, text, cfg, source.tokenizer.eos_id, i)
+        return iteration(roles, batch, text, cfg, source.tokenizer.eos_id, i) | memory_used()
 
     complete = train(
         cfg, {"policy": roles.policy, "critic": roles.critic}, cfg.steps, step,
@@ -206,9 +191,56 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
         "steps": cfg.steps,
         "episodes": cfg.steps * cfg.batch_size,
         **{name: last[name] for name in ("score", "kl", "reward")},
+        **memory_used(),
     }
     write_summary(Path(cfg.out), summary)
     return summary
+
+
+def build_roles(
+    cfg: config.PPO, topology: Topology, tokenizer: str, updates: int
+) -> tuple[Roles, Callable[[], dict[str, float]]]:
+    """The four models in memory that was planned for them, and what to log of it. Raises ValueError
+    before anything is allocated when they will not fit."""
+    inits: dict[str, tuple[str, str]] = {
+        "policy": ("language", cfg.model.init or ""),
+        "reference": ("language", cfg.reference or cfg.model.init or ""),
+        "reward": ("scalar", cfg.reward),
+        "critic": ("scalar", cfg.critic or cfg.reward),
+    }
+    shapes = {
+        name: checkpoint.read_model(checkpoint.find(init, head))[0]
+        for name, (head, init) in inits.items()
+    }
+    run, rank = run_of(cfg, shapes, dist.get_world_size()), dist.get_rank()
+    swap = choose(run, device.total_memory(), cfg.parallel.colocate)
+    logging.getLogger("tetrad").info(forecast(run, rank, swap))
+    memory = colocate(run.needs(rank), swap)
+    layout = cfg.critic_parallel.layout(cfg.parallel)
+    beside = topology if layout == topology.layout else arrange(layout)
+
+    def role(name: str, **training) -> Engine:
+        head, init = inits[name]
+        return build_role(
+            cfg, topology if head == "language" else beside, head, config.Model(init=init),
+            tokenizer, memory=memory[name], **training,
+        )  # fmt: skip
+
+    policy = role("policy", schedule=cfg.schedule, steps=updates, ema_decay=cfg.ema_decay)
+    roles = Roles(
+        policy=policy,
+        reference=role("reference") if cfg.reference else policy.twin(memory["reference"]),
+        reward=role("reward"),
+        critic=role("critic", schedule=cfg.critic_schedule, steps=updates),
+    )
+
+    def described() -> dict[str, float]:
+        """GiB: on a GPU the highest so far, on a CPU what lies there at all times."""
+        predicted = run.peak(rank, swap)[0] if device.peak_memory() else run.always(rank, swap)
+        measured = device.peak_memory() or held(memory)
+        return {"memory_predicted_gib": predicted / GIB, "memory_gib": measured / GIB}
+
+    return roles, described
 
 
 def _pretraining_text(cfg: config.PPO, source: Source) -> Text:

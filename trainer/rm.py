@@ -94,5 +94,5 @@ def prompts_with_a_comparison(batch: Batch) -> int:
 def centre(model: Engine, demonstrations: Batch) -> float:
     """Shift the bias so that the demonstrations score 0 on average; the shift that did it."""
     mean = float(model.scores(demonstrations).mean())
-    shift_scores(model.core, -mean)
+    shift_scores(model.cores, -mean)
     return -mean

@@ -6,9 +6,7 @@ Both minimise the mean loss per token of sequences; SFT counts the response toke
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
-from tetrad.parallel.engine import Engine, Loss
+from tetrad.parallel.engine import Engine
 from tetrad.parallel.packed import Batch, pack
 from tetrad.parallel.topology import Topology
 from tetrad.trainer import config
@@ -53,7 +51,7 @@ def _fit(
 
     def step(i: int) -> dict[str, float]:
         batch = sequences([training[j] for j in chosen(i)])
-        stats = model.accumulate_logprobs(batch, language_loss(batch))
+        stats = model.accumulate_cross_entropy(batch, denominator=batch.counted)
         return stats | model.step() | {"tokens": len(batch.tokens)}
 
     complete = train(
@@ -67,17 +65,6 @@ def _fit(
     return summary
 
 
-def language_loss(batch: Batch, weight: float = 1.0) -> Loss:
-    """weight times the mean negative log-prob of the batch's counted tokens, for the engine."""
-    n = max(1, int(batch.response_mask.sum()))
-
-    def loss(logprobs: Tensor, part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        nats = -logprobs.sum() / n
-        return weight * nats, {"nats_per_token": nats}
-
-    return loss
-
-
 def mean_loss(model: Engine, batch: Batch) -> float:
     """Mean negative log-prob of the batch's counted tokens, nats."""
-    return float(-model.logprobs(batch).sum() / batch.response_mask.sum())
+    return float(-model.logprobs(batch).sum() / batch.counted)

@@ -5,13 +5,14 @@ from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, random_tokens, tiny_engine
 from tetrad.parallel.generate import generate
 from tetrad.parallel.packed import pack
+from tetrad.parallel.settings import Layout
 
 EOS = 256
 
 
-def sample(tp, pp, shape, temperature=0.8, rows_at_once=256):
+def sample(layout, shape, temperature=0.8, rows_at_once=256):
     """Samples, and the largest difference between their log-probs and the re-scored ones."""
-    engine = tiny_engine("language", tp, pp, **shape)
+    engine = tiny_engine("language", layout, **shape)
     prompts = random_tokens(5)
     samples = generate(
         engine, prompts, max_new=8, eos_id=EOS, temperature=temperature, seed=(7,),
@@ -22,22 +23,24 @@ def sample(tp, pp, shape, temperature=0.8, rows_at_once=256):
     return samples.responses, float((torch.cat(samples.logprobs) - rescored).abs().max())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt1", "qwen3"])
 def test_every_layout_samples_the_same_and_agrees_with_rescoring(family) -> None:
-    shape = {"family": family, "num_kv_heads": 2}
-    expected, _ = run_world(1, sample, 1, 1, shape)[0]
-    for world, tp, pp in LAYOUTS:
-        for responses, difference in run_world(world, sample, tp, pp, shape):
+    shape = {"family": family, "num_kv_heads": 2, "windows": (0, 4)}
+    expected, _ = run_world(1, sample, Layout(), shape)[0]
+    for world, layout in LAYOUTS:
+        for responses, difference in run_world(world, sample, layout, shape):
             assert responses == expected
             assert difference < 1e-4
 
 
 def test_rows_sampled_apart_are_the_same() -> None:
-    assert run_world(1, sample, 1, 1, {}, 0.8, 2)[0][0] == run_world(1, sample, 1, 1, {})[0][0]
+    assert (
+        run_world(1, sample, Layout(), {}, 0.8, 2)[0][0] == run_world(1, sample, Layout(), {})[0][0]
+    )
 
 
 def greedy():
-    engine = tiny_engine("language", 1, 1)
+    engine = tiny_engine("language")
     prompt = random_tokens(5)[0]
     answer = generate(engine, [prompt], max_new=5, eos_id=EOS, temperature=0).responses[0]
     best = []
@@ -54,10 +57,10 @@ def test_temperature_zero_takes_the_most_likely_token() -> None:
 
 def ending():
     """A model that always says EOS: its embedding of EOS is made the only large one."""
-    engine = tiny_engine("language", 1, 1, tie_embeddings=False, num_layers=1)
+    engine = tiny_engine("language", tie_embeddings=False, num_layers=1)
     with torch.no_grad():
-        engine.core.output_layer.weight.zero_()
-        engine.core.decoder.final_layernorm.weight.fill_(0)
+        engine.cores[0].output_layer.weight.zero_()
+        engine.cores[0].decoder.final_layernorm.weight.fill_(0)
     uniform = generate(engine, [[1], [2, 3]], max_new=30, eos_id=EOS, seed=(1,))
     only = generate(engine, [[1], [2, 3]], max_new=30, eos_id=0, temperature=0)
     return uniform, only
@@ -74,7 +77,7 @@ def test_eos_stops_a_row_and_only_that_row() -> None:
 
 
 def impossible():
-    engine = tiny_engine("language", 1, 1)
+    engine = tiny_engine("language")
     messages = []
     for prompts, max_new, temperature in (([[]], 1, 1), ([[1] * 60], 8, 1), ([[1]], 1, -1)):
         with pytest.raises(ValueError) as error:

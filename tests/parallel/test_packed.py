@@ -30,7 +30,12 @@ def test_share_gives_every_group_once_within_the_budget(n_ranks, budget) -> None
     assert len(shares) == n_ranks
     assert sorted(g for share in shares for piece in share for g in piece) == list(range(5))
     for piece in (piece for share in shares for piece in share):
-        # attention lays a piece out as sequences x longest
-        assert len(piece) * max(lengths[g] for g in piece) <= budget or len(piece) == 1
+        assert sum(lengths[g] for g in piece) <= budget or len(piece) == 1
     loads = [sum(lengths[g] for piece in share for g in piece) for share in shares]
     assert max(loads) - min(loads) <= max(lengths)
+
+
+def test_micro_batches_are_few_and_alike() -> None:
+    batch = pack([[0]] * 8, [[1] * (n - 1) for n in (9, 9, 8, 8, 3, 3, 2, 2)])
+    (pieces,) = batch.share(1, 22)
+    assert [int(batch.lengths[p].sum()) for p in pieces] == [22, 22]

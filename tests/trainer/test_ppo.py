@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.forked_world import run_world
+from tetrad.kernels.ppo_loss import policy_loss
 from tetrad.parallel.generate import Samples
 from tetrad.parallel.packed import pack_text
 from tetrad.trainer import config, ppo, rollout
@@ -20,7 +21,7 @@ class Told:
 
     def __init__(self, per_token=None, scores=None) -> None:
         self.per_token, self.told_scores = per_token, scores
-        self.gradients, self.temperatures, self.steps = [], [], 0
+        self.gradients, self.temperatures, self.more, self.steps = [], [], [], 0
 
     def _spread(self, batch) -> torch.Tensor:
         counted = batch.per_token.get("place", torch.arange(3))
@@ -38,17 +39,31 @@ class Told:
     def scores(self, batch):
         return self.told_scores
 
-    def accumulate_logprobs(self, batch, loss, temperature=1.0):
-        if batch.response_mask.sum() == 3:
-            x = self._spread(batch).requires_grad_()
-        else:
-            x = torch.full((len(batch.tokens),), -1.0, requires_grad=True)
+    def accumulate_values(self, batch, loss):
+        return self._keep(loss, self._spread(batch).requires_grad_(), batch)
+
+    def accumulate_policy_loss(self, batch, *, denominator, clip_range, temperature, more):
+        self.more.append(more)
+
+        def loss(logprobs, part):
+            old, advantages = part.per_token["old_logprobs"], part.per_token["advantages"]
+            return policy_loss(
+                logprobs, old, advantages, part.response_mask, clip_range=clip_range,
+                denominator=denominator,
+            )  # fmt: skip
+
+        return self._keep(loss, self._spread(batch).requires_grad_(), batch)
+
+    def accumulate_cross_entropy(self, batch, *, denominator, weight):
+        x = torch.full((len(batch.tokens),), -1.0, requires_grad=True)
+        counted = batch.response_mask
+        return self._keep(lambda x, _: (-weight * x[counted].sum() / denominator, {}), x, batch)
+
+    def _keep(self, loss, x, batch) -> dict:
         value, stats = loss(x, batch)
         (gradient,) = torch.autograd.grad(value, x)
         self.gradients.append(gradient[batch.response_mask])
         return {"loss": float(value), **{k: float(v) for k, v in stats.items()}}
-
-    accumulate_values = accumulate_logprobs
 
     def step(self):
         self.steps += 1
@@ -67,11 +82,11 @@ def iterate(monkeypatch_text):
     text = (lambda k: pack_text([[1, 2, 3, 4, 5]])) if monkeypatch_text else None
     log = ppo.iteration(roles, [[1], [2, 3]], text, cfg, 9, 0)
     p, c = roles.policy, roles.critic
-    return log, p.gradients, c.gradients, p.temperatures, p.steps, c.steps
+    return log, p.gradients, c.gradients, p.temperatures, p.more, p.steps, c.steps
 
 
 def test_an_iteration_by_hand() -> None:
-    log, policy, critic, temperatures, *steps = run_world(1, iterate, True)[0]
+    log, policy, critic, temperatures, more, *steps = run_world(1, iterate, True)[0]
     # KL by k1: 0.5, -1, 0; the second response did not end: its score is -3
     rewards = torch.tensor([-0.1 * 0.5, 0.1 * 1 + 1.0, -3.0])
     second = rewards[1] - 0.2
@@ -85,7 +100,7 @@ def test_an_iteration_by_hand() -> None:
     assert log["reward"] == pytest.approx(float(rewards.sum()) / 2)
     assert log["kl"] == pytest.approx((0.5 - 1) / 2) and log["score"] == pytest.approx(-1)
     assert log["ended"] == 0.5 and log["sampling_mismatch_max"] == pytest.approx(0, abs=1e-6)
-    assert temperatures == [0.7] and steps == [1, 1]
+    assert temperatures == [0.7] and more == [True] and steps == [1, 1]
 
 
 def test_without_text_there_is_no_pretraining_gradient() -> None:

@@ -5,10 +5,14 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from tests.forked_world import run_world
 from tests.trainer.stages import TINY, metrics, run, stage, summary, write_world
+from tetrad.parallel import checkpoint
+from tetrad.parallel.model import build
 from tetrad.parallel.packed import pack
+from tetrad.parallel.settings import Layout
 from tetrad.parallel.topology import initialize
 from tetrad.trainer import config, data
 from tetrad.trainer.loop import build_role
@@ -74,6 +78,57 @@ def test_twenty_steps_are_the_same_in_every_layout(command, ranks, tp, pp, runs,
             )
 
 
+# at full speed from the first step: weights move by about 1e-3
+ONE = ["steps=1", "schedule.warmup_steps=0", "critic_schedule.warmup_steps=0"]
+SIZES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
+
+
+def weights(run) -> dict:
+    """What one rank reads from a run's newest checkpoints, by role and name."""
+    topology = initialize(Layout())
+    found = {}
+    for role, head in (("policy", "language"), ("critic", "scalar")):
+        folder = checkpoint.find(str(run), head)
+        chunks = build(checkpoint.read_model(folder)[0], head, topology)
+        checkpoint.load_weights(chunks, topology, folder)
+        found |= {f"{role}.{name}": p.detach() for name, p in chunks[0].named_parameters()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_iteration(runs):
+    """Two optimizer steps of one PPO-ptx iteration on one rank."""
+    row, *_ = run("ppo", *arguments("ppo", runs, runs / "iteration", *ONE))
+    return row, run_world(1, weights, runs / "iteration")[0]
+
+
+@pytest.mark.parametrize(
+    "tp, pp, dp, more",
+    [(*sizes, []) for sizes in SIZES[1:]]
+    + [(*sizes, ["parallel.sequence_parallel=true"]) for sizes in SIZES if sizes[0] > 1]
+    # critic and reward model in another layout; context parallel; interleaved
+    + [
+        (2, 1, 1, ["critic_parallel.tp=1", "critic_parallel.pp=2"]),
+        (1, 2, 2, ["critic_parallel.tp=4", "critic_parallel.pp=1"]),
+        (2, 1, 1, ["parallel.cp=2", "parallel.sequence_parallel=true"]),
+        (1, 2, 1, ["parallel.vpp=1", "parallel.cp=2", "critic_parallel.cp=1"]),
+    ],
+)
+def test_a_ppo_iteration_is_the_same_in_every_layout(
+    tp, pp, dp, more, runs, one_iteration, tmp_path
+) -> None:
+    ranks = tp * pp * dp * (2 if "parallel.cp=2" in more else 1)
+    layout = [f"parallel.tp={tp}", f"parallel.pp={pp}", *ONE, *more]
+    (row,) = run("ppo", *arguments("ppo", runs, tmp_path / "run", *layout), ranks=ranks)
+    expected, expected_weights = one_iteration
+    for name in (*LOSSES["ppo"], "policy/grad_norm", "critic/grad_norm"):
+        assert row[name] == pytest.approx(expected[name], abs=1e-4, rel=1e-4), name
+    updated = run_world(1, weights, tmp_path / "run")[0]
+    assert updated.keys() == expected_weights.keys()
+    for name, weight in updated.items():
+        torch.testing.assert_close(weight, expected_weights[name], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("command", LOSSES)
 def test_a_stopped_run_continues_as_if_never_stopped(command, runs, tmp_path) -> None:
     out = tmp_path / "run"
@@ -135,7 +190,7 @@ def test_a_response_without_eos_can_have_a_fixed_score(runs, tmp_path) -> None:
 
 def demonstrations_score(runs):
     cfg = config.parse(config.RM, arguments("rm", runs, runs / "rm"))
-    topology = initialize()
+    topology = initialize(Layout())
     model = build_role(cfg, topology, "scalar", config.Model(init=str(runs / "rm")), "bytes")
     rows = data.read("demonstrations", f"{runs}/demonstrations.jsonl")
     good = data.tokenize_demonstrations(rows, ByteTokenizer(), 128)
