@@ -38,8 +38,10 @@ class KVCache:
         return keys, values
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all but these rows (a boolean mask)."""
-        self.layers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.layers.items()}
+        """Forget all but these rows (a boolean mask), one layer after the other: a second copy of
+        all would not fit."""
+        for layer, (k, v) in self.layers.items():
+            self.layers[layer] = (k[rows], v[rows])
 
 
 class Packing:

@@ -129,16 +129,19 @@ def _check(
         raise ValueError(f"{source} has tensors that our model lacks: {few}")
 
 
-def export_model(source: Path, out: Path, ids: Mapping[str, Any], shard_bytes: float) -> None:
+def export_model(
+    source: Path, out: Path, ids: Mapping[str, Any], shard_bytes: float, average: bool = False
+) -> None:
     """Write one role's checkpoint folder as a Hugging Face model into `out`: config.json and
     safetensors, in several files of at most shard_bytes (or one of our tensors) when it is larger.
 
+    average: the moving average of the weights, in their place.
     ids: bos_token_id and the like, for config.json. Raises ValueError when Hugging Face's model of
     this family cannot be this one.
     """
     a, description = read_model(source)
     head = description["head"]
-    stored, parts = Checkpoint(source), _parts(a, head)
+    stored, parts = Checkpoint(source, average), _parts(a, head)
     if head == "scalar" and not stored.read(_BIAS).any():
         parts.pop(_BIAS)
     config = _config(a, head, stored.dtype(next(iter(parts))), ids)

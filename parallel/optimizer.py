@@ -246,27 +246,6 @@ class Optimizer:
             for group in ddp.bucket_groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Within, the model has the average weights, for evaluation or export; afterwards its own,
-        bit for bit. Raises ValueError when no average is kept."""
-        if self.ema_decay is None:
-            raise ValueError("ema_decay is None: this optimizer keeps no average of the weights")
-        self.sync()
-        own = [piece.clone() for piece in self.mine]
-        self._show(self.pieces["ema"])
-        try:
-            yield
-        finally:
-            self._show(own)
-
-    @torch.no_grad()
-    def _show(self, pieces: list[Tensor]) -> None:
-        for mine, piece in zip(self.mine, pieces):
-            mine.copy_(piece)
-        for ddp in self.ddp:
-            ddp.start_param_sync(force_sync=True)
-
     def memory(self) -> dict[str, list[Tensor]]:
         """The flat tensors that hold this rank's "parameters", "gradients" and "optimizer" state,
         padding included. Call `sync` before moving them."""

@@ -122,13 +122,19 @@ def write_checkpoint(folder: Path, tensors: Iterable[tuple[Place, Tensor]]) -> N
 
 
 class Checkpoint:
-    """The tensors of one role's checkpoint, whatever layout saved it."""
+    """The tensors of one role's checkpoint, whatever layout saved it.
 
-    def __init__(self, folder: Path) -> None:
+    average: instead of the weights, their moving average, rounded to the weights' type. Raises
+    ValueError when the checkpoint has none."""
+
+    def __init__(self, folder: Path, average: bool = False) -> None:
         self._reader = dcp.FileSystemReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, True)
         self._tensors: dict[str, Any] = metadata.state_dict_metadata
+        self._prefix = "optimizer.ema." if average else ""
+        if average and not any(key.startswith(self._prefix) for key in self._tensors):
+            raise ValueError(f"{folder} has no moving average of the weights (ema_decay)")
 
     def dtype(self, place: Place) -> torch.dtype:
         return self._tensors[place.key].properties.dtype
@@ -139,11 +145,12 @@ class Checkpoint:
 
     def read(self, place: Place) -> Tensor:
         """What is there; of a padded vocabulary the first rows."""
-        tensor = torch.empty(place.chunk.sizes, dtype=self.dtype(place))
-        saved = self._tensors[place.key]
-        pieces = create_read_items_for_chunk_list(place.key, saved, [place.chunk])
+        key = self._prefix + place.key
+        saved = self._tensors[key]
+        tensor = torch.empty(place.chunk.sizes, dtype=saved.properties.dtype)
+        pieces = create_read_items_for_chunk_list(key, saved, [place.chunk])
         self._reader.read_data(LoadPlan(pieces), _Into(tensor)).wait()
-        return tensor.view(place.shape)
+        return tensor.view(place.shape).to(self.dtype(place))
 
 
 class _Into(dcp.DefaultLoadPlanner):

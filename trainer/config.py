@@ -225,6 +225,7 @@ class Export:
     source: str = MISSING  # a run's folder, a checkpoint or one role's folder in it
     out: str = MISSING  # folder of the Hugging Face model
     shard_size: float = 5e9  # bytes of one file at most
+    ema: bool = False  # the moving average of the weights, of a run with ema_decay
 
 
 @dataclass

@@ -58,7 +58,7 @@ def export_model(cfg: config.Export) -> None:
             from transformers import AutoTokenizer
 
             AutoTokenizer.from_pretrained(name).save_pretrained(draft)
-        hf.export_model(source, draft, ids, cfg.shard_size)
+        hf.export_model(source, draft, ids, cfg.shard_size, cfg.ema)
     log.info(f"export: {source} -> {cfg.out}")
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.forked_world import run_world
-from tests.parallel.tiny import ALONE, ragged_batch, tiny_engine, train_step
+from tests.parallel.tiny import ALONE, average_weights, ragged_batch, tiny_engine, train_step
 from tetrad.parallel import checkpoint, optimizer
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build, shift_scores
@@ -47,7 +47,7 @@ def train(layout, head, folder, first, last, precision="fp32", **more):
         stats = train_step(engine, ragged_batch())
         history.append([stats["loss"], stats["grad_norm"], stats["lr"]])
     checkpoint.save(folder, last, {"policy": engine}, {"model": {"tokenizer": "bytes"}})
-    with engine.optimizer.ema_weights():
+    with average_weights(engine):
         return history, answers(engine)
 
 

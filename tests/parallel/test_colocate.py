@@ -56,6 +56,9 @@ def engines(layout, beside, precision, colocation, overlap=False):
         roles[name] = Engine(
             chunks, topology, microbatch_tokens=40, optimizer=optimizer, memory=memory
         )
+    for memory in memories.values():
+        for tenant in (memory.weights, memory.gradients, memory.optimizer):
+            assert tenant.used == tenant.size  # the plan was exact
     return roles, memories
 
 
@@ -85,9 +88,8 @@ def train(layout, beside, precision, colocation, overlap, folder):
     for name, engine in trained.items():
         checkpoint.load(engine, folder / "step_000001" / name)
     numbers += iterate(roles)
-    with roles["policy"].optimizer.ema_weights():
-        roles["policy"].bring()
-        numbers.append(float(roles["policy"].logprobs(ragged_batch()).sum()))
+    roles["policy"].bring(with_optimizer=True)
+    numbers += [float(x.double().sum()) for _, x in roles["policy"].optimizer.whole("ema")]
     return numbers, held(memories) if memories else 0
 
 

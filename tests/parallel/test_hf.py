@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from safetensors.torch import load_file, save_file
 
 from tests.forked_world import run_world
+from tests.parallel.tiny import ragged_batch, tiny_engine, train_step
 from tetrad.parallel import checkpoint
 from tetrad.parallel.attention import Packing
 from tetrad.parallel.engine import Engine
@@ -357,3 +358,30 @@ def test_a_model_is_never_in_memory(saved) -> None:
     assert size > 200e6
     ((into, out),) = run_world(1, in_and_out, saved("gpt2"), large)
     assert into < size / 4 and out < size / 4, (size, into, out)
+
+
+def averaged(folder, ema_decay):
+    engine = tiny_engine("language", ema_decay=ema_decay, tie_embeddings=False)
+    for _ in range(3):
+        train_step(engine, ragged_batch())
+    checkpoint.save(folder, 3, {"policy": engine}, {"model": {"tokenizer": "bytes"}})
+    whole = engine.optimizer.whole("ema") if ema_decay else ()
+    names = {p: name for name, p in engine.cores[0].named_parameters()}
+    return {names[p]: x.clone() for p, x in whole}
+
+
+def test_the_moving_average_is_exported_when_asked_for(tmp_path) -> None:
+    average = run_world(1, averaged, tmp_path, 0.5)[0]
+    policy = tmp_path / "step_000003" / "policy"
+    ours = {}
+    for kind in (False, True):
+        out = tmp_path / f"out{kind}"
+        out.mkdir()
+        export_model(policy, out, {}, 1e9, average=kind)
+        ours[kind] = load_file(out / "model.safetensors")
+    last = average["decoder.final_layernorm.weight"]
+    assert torch.equal(ours[True]["model.norm.weight"], last)
+    assert not torch.equal(ours[False]["model.norm.weight"], last)
+    run_world(1, averaged, tmp_path / "none", None)
+    with pytest.raises(ValueError, match="no moving average of the weights"):
+        export_model(tmp_path / "none/step_000003/policy", tmp_path, {}, 1e9, average=True)

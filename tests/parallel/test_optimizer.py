@@ -6,9 +6,15 @@ import torch
 import torch.distributed as dist
 
 from tests.forked_world import run_world
-from tests.parallel.tiny import ALONE, LAYOUTS, ragged_batch, tiny_engine, train_step
+from tests.parallel.tiny import (
+    ALONE,
+    LAYOUTS,
+    average_weights,
+    ragged_batch,
+    tiny_engine,
+    train_step,
+)
 from tetrad.parallel import optimizer
-from tetrad.parallel.optimizer import share_gradients
 from tetrad.parallel.settings import Layout, Schedule
 from tetrad.parallel.topology import arrange, initialize
 
@@ -58,7 +64,7 @@ def alone(head):
     norms = [train_step(engine, ragged_batch())["grad_norm"] for _ in range(3)]
     names = dict(engine.cores[0].named_parameters())
     weights = {n: p.detach().clone() for n, p in names.items()}
-    with engine.optimizer.ema_weights():
+    with average_weights(engine):
         average = {n: p.detach().clone() for n, p in names.items()}
     assert all(torch.equal(p, weights[n]) for n, p in names.items())
     for ours, truth in zip((weights, average), by_hand(head, 3)[1:]):
@@ -83,7 +89,7 @@ def spread(head, layout, second, precision, overlap):
     norms = [train_step(engine, ragged_batch())["grad_norm"] for _ in range(3)]
     read = engine.logprobs if head == "language" else engine.scores
     own = read(ragged_batch())
-    with engine.optimizer.ema_weights():
+    with average_weights(engine):
         average = read(ragged_batch())
     assert torch.equal(read(ragged_batch()), own)
     return torch.tensor(norms), average, own
@@ -179,33 +185,12 @@ def test_all_memory_is_flat_and_stays_where_it_is(precision, weight, kinds) -> N
         assert bytes_ == {"parameters": weight * n, "gradients": 4 * n, "optimizer": 2 * more * n}
 
 
-def actor_and_critic(shared, overlap):
-    layout = Layout(pp=2)
-    topology = initialize(layout)
-    actor = tiny_engine("language", layout, topology=topology, overlap=overlap)
-    critic = tiny_engine("scalar", layout, topology=topology, overlap=overlap, num_layers=8)
-    if shared:
-        share_gradients(actor.optimizer, critic.optimizer)
-        (arena,) = actor.optimizer.memory()["gradients"]
-        assert arena is critic.optimizer.memory()["gradients"][0]
-        assert arena.numel() == critic.optimizer.buffers[0].numel > actor.optimizer.buffers[0].numel
-    roles = (actor, critic) * 3
-    return [list(train_step(engine, ragged_batch()).values()) for engine in roles]
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_two_models_take_turns_with_one_gradient_memory(overlap) -> None:
-    assert run_world(4, actor_and_critic, True, overlap) == run_world(
-        4, actor_and_critic, False, overlap
-    )
-
-
 def not_a_number():
     engine = tiny_engine("language", Layout(tp=2))
     before = [p.detach().clone() for p in engine.cores[0].parameters()]
     accumulate(engine)
     if dist.get_rank() == 3:
-        engine.optimizer.gradients[0][100] = math.nan
+        engine.optimizer.buffers[0].grad_data[100] = math.nan
     with pytest.raises(FloatingPointError, match="gradient norm is nan"):
         engine.step()
     assert all(torch.equal(p, old) for p, old in zip(engine.cores[0].parameters(), before))
@@ -218,9 +203,7 @@ def test_a_gradient_that_is_no_number_stops_all_ranks_before_the_step() -> None:
 def no_average():
     with pytest.raises(ValueError, match="ema_decay is 1.5; it must be at least 0"):
         tiny_engine("language", ema_decay=1.5)
-    with pytest.raises(ValueError, match="ema_decay is None"):
-        with tiny_engine("language").optimizer.ema_weights():
-            pass
+    assert "ema" not in tiny_engine("language").optimizer.flat
 
 
 def test_there_is_an_average_only_when_asked_for() -> None:

@@ -1,5 +1,7 @@
 """A tiny model and a ragged batch, the same in every layout."""
 
+from contextlib import contextmanager
+
 import torch
 
 from tetrad.parallel.engine import Engine
@@ -63,3 +65,14 @@ def train_step(engine: Engine, batch: Batch) -> dict[str, float]:
             batch, lambda x, part: ((x - part.per_sequence["target"]).square().sum() / n, {})
         )
     return stats | engine.step()
+
+
+@contextmanager
+def average_weights(engine: Engine):
+    """Within, the model has the moving average of its weights."""
+    own = [(p, p.detach().clone()) for core in engine.cores for p in core.parameters()]
+    for weight, average in engine.optimizer.whole("ema"):
+        weight.data.copy_(average)
+    yield
+    for weight, before in own:
+        weight.data.copy_(before)

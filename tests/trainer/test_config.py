@@ -75,7 +75,7 @@ def test_wrong_types_and_missing_values_are_one_line(tmp_path) -> None:
     assert "not a mapping" in refusal(config.SFT, str(file))
 
 
-COMMAND_OF = {"sft": "sft", "rm": "rm", "ppo": "ppo"}
+COMMAND_OF = {"sft": "sft", "rm": "rm", "ppo": "ppo", "plan": "plan"}
 
 
 @pytest.mark.parametrize("recipe", sorted(p.name for p in config.RECIPES.glob("*.yaml")))
