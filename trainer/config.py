@@ -98,6 +98,7 @@ class Training(Run):
 
     model: Model = field(default_factory=Model)
     save_every: int = 100  # steps between checkpoints; the last step is always saved
+    save_in_background: bool = False  # write them while training goes on, from copies on the host
     keep: int = 2  # checkpoints kept
     resume: bool = True  # continue the run in `out`, if there is one; False starts it afresh
     stop_after: int | None = None  # end this process after so many steps; the run stays resumable
@@ -335,6 +336,11 @@ def _check_ranges(cfg: Any, prefix: str = "") -> None:
 def as_yaml(config: Any) -> str:
     """A config, or a schema with its defaults, as `parse` would read it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def completed(config: Any, path: Path) -> str:
+    """The YAML of an older run, with defaults for what could not be said then."""
+    return OmegaConf.to_yaml(OmegaConf.merge(OmegaConf.structured(type(config)), _load(str(path))))
 
 
 def _load(name: str) -> DictConfig:

@@ -23,7 +23,7 @@ from tetrad.parallel.settings import Schedule
 from tetrad.parallel.topology import Topology, generator, initialize, seed_dropout
 from tetrad.trainer import config
 from tetrad.trainer.metrics import Metrics
-from tetrad.trainer.tokenizer import Tokenizer, load_tokenizer
+from tetrad.trainer.tokenizer import Tokenizer, are_same, load_tokenizer
 
 log = logging.getLogger("tetrad")
 
@@ -56,8 +56,10 @@ def write_config(cfg: config.Run) -> None:
 
 def _check_same_run(cfg: config.Run, out: Path) -> None:
     """Refuse to continue another run: its steps would be taken for this one's."""
-    free = ("save_every", "keep", "resume", "out", "stop_after")
-    old = yaml.safe_load((out / "config.yaml").read_text())
+    free = (
+        "save_every", "save_in_background", "keep", "resume", "out", "stop_after", "critic_parallel",
+    )  # fmt: skip
+    old = yaml.safe_load(config.completed(cfg, out / "config.yaml"))
     new = yaml.safe_load(config.as_yaml(cfg))
     for settings in (old, new):  # the layout may change, the arithmetic may not
         settings["parallel"] = settings["parallel"]["precision"]
@@ -114,7 +116,7 @@ def build_role(
     folder = checkpoint.find(model.init, None if new_head else head) if model.init else None
     if folder:
         architecture, description = checkpoint.read_model(folder)
-        if description["tokenizer"] != tokenizer:
+        if not are_same(description["tokenizer"], tokenizer):
             raise ValueError(
                 f"{model.init} reads {description['tokenizer']} tokens, "
                 f"the other models of this run {tokenizer} tokens"
@@ -211,6 +213,10 @@ def train(
         metrics.log(i, {**values, "seconds": time.perf_counter() - began})
         if i + 1 == last or (i + 1) % cfg.save_every == 0:
             state = {"model": {"tokenizer": tokenizer}, "examples": examples}
-            checkpoint.save(folder, i + 1, engines, state, cfg.keep)
+            checkpoint.save(
+                folder, i + 1, engines, state, cfg.keep, wait=not cfg.save_in_background
+            )
+        checkpoint.finish(wait=False)
+    checkpoint.finish()
     metrics.close()
     return last == steps

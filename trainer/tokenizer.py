@@ -1,5 +1,6 @@
 """Text to token ids and back: raw bytes, or any Hugging Face tokenizer by the same interface."""
 
+from functools import lru_cache
 from typing import Any, Protocol
 
 Prompt = str | list[dict[str, str]]  # text, or messages {"role", "content"}
@@ -20,6 +21,9 @@ class Tokenizer(Protocol):
     def render(self, prompt: Prompt) -> str:
         """The prompt as one text, ready for `encode`, where the assistant's answer comes next."""
 
+    def ids(self) -> dict[str, int]:
+        """The id of every token."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes and one end-of-text id: needs no file and no network."""
@@ -36,6 +40,9 @@ class ByteTokenizer:
 
     def render(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else _transcript(prompt)
+
+    def ids(self) -> dict[str, int]:
+        return {f"<{i:02x}>": i for i in range(256)} | {"<end>": self.eos_id}
 
 
 class HuggingFaceTokenizer:
@@ -73,13 +80,22 @@ class HuggingFaceTokenizer:
             prompt, tokenize=False, add_generation_prompt=True
         )
 
+    def ids(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab() | {"end of text": self.eos_id}
 
+
+@lru_cache
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`: "bytes", a local folder, or a name on the Hugging Face hub.
 
     Raises ValueError when it cannot be loaded or has no end-of-text token.
     """
     return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
+
+
+def are_same(one: str, other: str) -> bool:
+    """Whether two tokenizers, by name, give the same ids: copies of one lie in several folders."""
+    return one == other or load_tokenizer(one).ids() == load_tokenizer(other).ids()
 
 
 def _transcript(messages: list[dict[str, str]]) -> str:

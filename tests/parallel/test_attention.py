@@ -1,5 +1,8 @@
 """Packed attention against the plain formula, one sequence at a time in float64."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -108,6 +111,25 @@ def test_context_parallel_ranks_have_as_much_to_do() -> None:
         p = Packing([64], torch.arange(0), where=CPU, multiple=8, group=Rank(rank, 4))
         counts.append(sum(p.queries[i] * (2 * p.keys[i] - p.queries[i]) for i in range(2)))
     assert len(set(counts)) == 1
+
+
+def test_flash_attn_is_taken_when_it_is_installed(monkeypatch) -> None:
+    def flash_attn_varlen_func(*arguments, **options):
+        return arguments, options
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(**locals()))
+    attend, name = attention.flash.__wrapped__()
+    assert name.startswith("flash-attn")
+    arguments, options = attend(*range(7), 0.5, (3, 0))
+    assert arguments == tuple(range(7))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    assert options == {
+        "softmax_scale": 0.5, "causal": True, "window_size": (3, 0), "deterministic": deterministic,
+    }  # fmt: skip
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    attend, name = attention.flash.__wrapped__()
+    assert attend is not None and name.startswith("varlen_attn of PyTorch")
 
 
 def test_a_pack_is_padded_by_a_sequence_of_its_own() -> None:
