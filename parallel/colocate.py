@@ -13,6 +13,7 @@ while this one computes. Nothing is allocated after the roles are built.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,14 @@ class Slot:
     """Bytes of the device that tenants take turns with."""
 
     def __init__(self, size: int, stream: torch.cuda.Stream | None) -> None:
-        self.bytes = torch.empty(size, dtype=torch.uint8, device=device.device())
+        self.size = size
         self.stream = stream  # of the copies; None on the CPU
         self.tenant: Tenant | None = None
+
+    @cached_property
+    def bytes(self) -> Tensor:
+        """Only there when a tenant asks for some: building a role needs room beside its own."""
+        return torch.empty(self.size, dtype=torch.uint8, device=device.device())
 
 
 class Tenant:
@@ -129,7 +135,7 @@ def colocate(needs: Mapping[str, Mapping[str, int]], swap: bool) -> dict[str, Me
 def held(memories: Mapping[str, Memory]) -> int:
     """Bytes of the device that the roles have been given."""
     tenants = [t for m in memories.values() for t in (m.weights, m.gradients, m.optimizer)]
-    return sum(len(slot.bytes) for slot in {t.slot for t in tenants})
+    return sum(slot.size for slot in {t.slot for t in tenants})
 
 
 class Weights:

@@ -142,14 +142,14 @@ class Optimizer:
         for group in adam.param_groups if fused else ():
             group.update(fused=True, foreach=False)
         buckets = [(buffer, b) for buffer in self.buffers for b in buffer.buckets]
-        self.mine = [b.param_data.chunk(ranks)[rank] for _, b in buckets]  # of the model's weights
+        mine = [b.param_data.chunk(ranks)[rank] for _, b in buckets]  # of the model's weights
         kinds = ["exp_avg", "exp_avg_sq"] + ["ema"] * (self.ema_decay is not None)
-        in_place = self.mine[0].dtype == torch.float32
+        in_place = mine[0].dtype == torch.float32
         if not in_place:
             kinds.insert(0, "main")
-        sizes = [len(piece) for piece in self.mine]
-        where = device.device()
-        self.flat = {k: torch.zeros(sum(sizes), dtype=torch.float32, device=where) for k in kinds}
+        sizes = [len(piece) for piece in mine]
+        zeros = memory.optimizer.allocate if memory else _zeros
+        self.flat = {kind: zeros(sum(sizes), torch.float32) for kind in kinds}
         self.pieces = {kind: list(flat.split(sizes)) for kind, flat in self.flat.items()}
         # where each weight lies in its bucket
         self.places = [
@@ -176,7 +176,7 @@ class Optimizer:
                 state["step"] = torch.zeros((), device=main.device if fused else "cpu")
             adam.state[main] = state
         if in_place:
-            self.pieces["main"] = self.mine
+            self.pieces["main"] = mine
         for average, weights in zip(self.pieces.get("ema", ()), self.pieces["main"]):
             average.copy_(weights)
 
@@ -284,6 +284,10 @@ class Optimizer:
                 state["step"].fill_(self.schedule.num_steps)
         for group in self.adam.param_groups if HAVE_APEX_OR_TE else ():
             group["step"] = self.schedule.num_steps
+
+
+def _zeros(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(n, dtype=dtype, device=device.device())
 
 
 def adam_from() -> str:

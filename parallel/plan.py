@@ -6,7 +6,7 @@ the layers of model.py; docs/plan.md derives them. Needs neither torch nor a GPU
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -264,14 +264,10 @@ class Run:
         """Bytes of pinned host memory of one rank, when roles are swapped."""
         return sum(x["parameters"] + x["optimizer"] for x in self.needs(rank).values())
 
-    def moments(self, rank: int) -> list[Moment]:
+    def moments(self, rank: int, swap: bool) -> list[Moment]:
         """What each phase needs beside what is held, for each role that works in it."""
         w, policy = self.work, self.roles["policy"]
-        needs = []
-        for name, x in self.needs(rank).items():  # a module's own weights; Megatron's own buffers
-            twice = 2 if self.roles[name].trained else 1
-            built = {"workspaces": twice * x["parameters"] + x["gradients"]}
-            needs.append(Moment("start", name, built))
+        needs = [*self._building(rank, swap)]
         needs.append(Moment("rollout", "policy", self._sampling(policy, rank)))
         for name, role in self.roles.items():
             needs.append(Moment("score", name, self._reading(role, rank)))
@@ -288,8 +284,27 @@ class Run:
 
     def peak(self, rank: int, swap: bool) -> tuple[int, Moment]:
         """Bytes at the worst moment of one rank, and that moment."""
-        worst = max(self.moments(rank), key=lambda m: m.total)
+        worst = max(self.moments(rank, swap), key=lambda m: m.total)
         return self.always(rank, swap) + worst.total, worst
+
+    def _building(self, rank: int, swap: bool) -> Iterator[Moment]:
+        """Each role as it is built, the trained ones first: beside its place there are the module's
+        weights and the buffers that Megatron makes, but what is built later is not there yet."""
+        needs, always = self.needs(rank), self.always(rank, swap)
+        order = sorted(self.roles, key=lambda name: not self.roles[name].trained)
+        places = {name: i % 2 if swap else name for i, name in enumerate(self.roles)}
+        there: dict[tuple, int] = {}  # slots in use; those of the swap are as large as they will be
+        for name in order:
+            x, neighbours = needs[name], [n for n in places if places[n] == places[name]]
+            there[places[name], "parameters"] = max(needs[n]["parameters"] for n in neighbours)
+            twice = 1
+            if self.roles[name].trained:
+                there["gradients",] = max(y["gradients"] for y in needs.values())
+                twice = 2
+            used = sum(there.values()) + twice * x["parameters"] + x["gradients"]
+            yield Moment("start", name, {"workspaces": max(0, used - always)})
+            alike = needs.values() if swap else [x]
+            there[swap or name, "optimizer"] = max(y["optimizer"] for y in alike)
 
     def ranks(self) -> list[int]:
         """One rank of each kind: those of the same stages hold the same."""

@@ -57,7 +57,8 @@ def write_config(cfg: config.Run) -> None:
 def _check_same_run(cfg: config.Run, out: Path) -> None:
     """Refuse to continue another run: its steps would be taken for this one's."""
     free = (
-        "save_every", "save_in_background", "keep", "resume", "out", "stop_after", "critic_parallel",
+        "save_every", "save_in_background", "keep", "resume", "out", "stop_after",
+        "critic_parallel",
     )  # fmt: skip
     old = yaml.safe_load(config.completed(cfg, out / "config.yaml"))
     new = yaml.safe_load(config.as_yaml(cfg))

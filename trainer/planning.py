@@ -193,7 +193,7 @@ def _report(run: Run, gpu: GPU, swap: bool) -> Iterator[str]:
     always = sum(sum(x.values()) for x in held.values())
     yield f"\nand at work, with {_gib(always)} of that"
     yield _row("", [*NEEDS, "in all"])
-    for m in run.moments(rank):
+    for m in run.moments(rank, swap):
         cells = [_gib(m.needs.get(k, 0)) for k in NEEDS]
         yield _row(f"{m.phase} {m.role}", [*cells, _gib(always + m.total)])
     room = available(gpu.memory)

@@ -226,13 +226,11 @@ def build_roles(
             tokenizer, memory=memory[name], **training,
         )  # fmt: skip
 
+    # those that are trained come first: building them takes the most room beside their own
     policy = role("policy", schedule=cfg.schedule, steps=updates, ema_decay=cfg.ema_decay)
-    roles = Roles(
-        policy=policy,
-        reference=role("reference") if cfg.reference else policy.twin(memory["reference"]),
-        reward=role("reward"),
-        critic=role("critic", schedule=cfg.critic_schedule, steps=updates),
-    )
+    critic = role("critic", schedule=cfg.critic_schedule, steps=updates)
+    reference = role("reference") if cfg.reference else policy.twin(memory["reference"])
+    roles = Roles(policy, reference, role("reward"), critic)
 
     def described() -> dict[str, float]:
         """GiB: on a GPU the highest so far, on a CPU what lies there at all times."""

@@ -243,7 +243,9 @@ def test_activations_of_a_training_step(layout, microbatches, recompute) -> None
     for rank, peak in enumerate(
         run_world(layout.ranks, kept_by_a_step, layout, recompute, microbatches)
     ):
-        planned = next(m for m in run.moments(rank) if m.phase == "learn" and m.role == "critic")
+        planned = next(
+            m for m in run.moments(rank, False) if m.phase == "learn" and m.role == "critic"
+        )
         count, last = in_flight(layout, rank, microbatches), rank == layout.pp - 1
         peak -= hidden * (1 if recompute else count * role.layers())  # attention's copy, on CPU
         peak -= hidden // 2 * last  # of the response tokens, for the head: a workspace
@@ -294,7 +296,7 @@ def test_the_peak_of_a_phase(layout, family) -> None:
             run = Run(
                 {"policy": role, "critic": role}, Work(3, 3, 1, 256, 256, 512, 1), layout.ranks
             )
-            planned = {m.phase: m.total - m.needs["batch"] for m in run.moments(rank)}
+            planned = {m.phase: m.total - m.needs["batch"] for m in run.moments(rank, False)}
             assert planned["learn"] == pytest.approx(train, rel=0.06)
             assert 0.97 * read < planned["score"] < 1.25 * read
 
@@ -329,7 +331,7 @@ def test_key_value_cache_by_hand() -> None:
     """2 x 2 layers x 2 of 2 heads / tp x 16 channels x 2 bytes x 3 rows x (10 + 6) places."""
     role = Role(architecture("qwen3"), "language", Layout(tp=2, pp=2), trained=True)
     run = Run({"policy": role}, Work(6, 6, 1, 10, 6, 64, 3), 8)
-    (rollout,) = (m for m in run.moments(0) if m.phase == "rollout")
+    (rollout,) = (m for m in run.moments(0, False) if m.phase == "rollout")
     assert rollout.needs["KV cache"] == 2 * 2 * 1 * 16 * 2 * 3 * 16
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def test_four_models_of_70b_do_not_fit_16_gpus(layout) -> None:
 
 
 def test_the_command_refuses_in_one_line() -> None:
-    command = ["tetrad", "plan", "plan_70b.yaml", "gpus=16", "gpu=h100-80gb", "parallel.pp=2"]
+    command = [sys.executable, "-m", "tetrad.trainer.cli", "plan", "plan_70b.yaml", "gpus=16"]
+    command += ["gpu=h100-80gb", "parallel.pp=2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("tetrad plan: this does not fit")
