@@ -19,27 +19,31 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+Run = tuple[int, int]  # tokens [begin, end) of a pack
+Piece = tuple[int, int, int]  # tokens [begin, end) of a sequence, and the sequence's first
+
 
 class KVCache:
     """Keys and values of a batch of sequences of at most `max_length` tokens, for every layer."""
 
     def __init__(self, max_length: int) -> None:
         self.max_length = max_length
+        self.longest = 0  # no sequence has more tokens so far
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def extend(self, layer: int, k: Tensor, v: Tensor, p: "Packing") -> tuple[Tensor, Tensor]:
-        """Store k, v (T, heads, d) behind what is there; (S, max_length, heads, d) of all."""
+        """Store k, v (T, heads, d) behind what is there; (S, longest, heads, d) of all."""
         if layer not in self.layers:
             shape = (len(p.queries), self.max_length, *k.shape[1:])
             self.layers[layer] = (k.new_zeros(shape), v.new_zeros(shape))
-        keys, values = self.layers[layer]
+        keys, values = (x[:, : self.longest] for x in self.layers[layer])
         keys[p.sequence, p.positions] = k
         values[p.sequence, p.positions] = v
         return keys, values
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all but these rows (a boolean mask), one layer after the other: a second copy of
-        all would not fit."""
+        """Forget all but these rows (indices), one layer after the other: a second copy of all
+        would not fit."""
         for layer, (k, v) in self.layers.items():
             self.layers[layer] = (k[rows], v[rows])
 
@@ -73,8 +77,10 @@ class Packing:
         lengths = [*lengths, self.padding] if self.padding else list(lengths)
         bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
         self.group = group if group and group.size() > 1 else None
-        runs = _runs(bounds[-1], self.group.rank(), self.group.size()) if self.group else None
-        pieces = _pieces(bounds, runs or [(0, bounds[-1])])
+        runs = [(0, bounds[-1])]
+        if self.group:
+            runs = _runs(bounds[-1], self.group.rank(), self.group.size())
+        pieces = _pieces(bounds, runs)
         self.queries = [end - begin for begin, end, _ in pieces]  # tokens of each piece
         self.keys = [end - first for _, end, first in pieces]
         places = [torch.arange(begin - first, end - first) for begin, end, first in pieces]
@@ -92,9 +98,15 @@ class Packing:
             counts = torch.tensor(self.queries, device=where)
             self.sequence = torch.repeat_interleave(counts, output_size=bounds[-1])
             self.positions = self.positions + start[self.sequence]
+            cache.longest += max(self.queries)
         self._where = where
 
-    def _split(self, runs, pieces, total: int, output_rows: Tensor, where: torch.device) -> None:
+    def _split(
+        self, runs: list[Run], pieces: list[Piece], total: int, output_rows: Tensor,
+        where: torch.device,
+    ) -> None:  # fmt: skip
+        """What this rank holds of `total` tokens and of the output rows, and where the keys of its
+        pieces lie when the ranks' keys are gathered."""
         size = self.group.size()
         here = torch.cat([torch.arange(*run) for run in runs])
         everyone = [torch.arange(*run) for r in range(size) for run in _runs(total, r, size)]
@@ -186,14 +198,14 @@ def visible(query: Tensor, key: Tensor, window: int) -> Tensor:
     return seen & (key > query[..., None] - window) if window else seen
 
 
-def _runs(total: int, rank: int, size: int) -> list[tuple[int, int]]:
+def _runs(total: int, rank: int, size: int) -> list[Run]:
     """The two runs of tokens that a rank of a context-parallel group holds."""
     chunk = total // (2 * size)
     return [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
 
 
-def _pieces(bounds: list[int], runs: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(begin, end, first token of its sequence) of each sequence's part in each run."""
+def _pieces(bounds: list[int], runs: list[Run]) -> list[Piece]:
+    """Each sequence's part in each run."""
     return [
         (max(begin, first), min(end, last), first)
         for begin, end in runs
@@ -260,7 +272,10 @@ class Attention(nn.Module):
         """One token of each sequence against its cache."""
         places = torch.arange(keys.shape[1], device=q.device)
         mask = visible(p.positions[:, None], places, self.window)[:, None]
-        return self._dense(q[:, None], keys, values, mask)[:, 0]
+        # the heads of a group side by side as queries: PyTorch has no fast kernel for a mask with
+        # grouped queries, it would repeat the whole cache for all heads
+        grouped = q.unflatten(1, (keys.shape[2], -1)).transpose(1, 2)
+        return self._dense(grouped, keys, values, mask).transpose(1, 2).flatten(1, 2)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """(S, Q, heads, d) from q, and from k, v (S, K, groups, d)."""

@@ -57,21 +57,40 @@ def save(
     global _unfinished
     finish()
     final, draft = folder / f"step_{step:06d}", folder / f".step_{step:06d}.writing"
-    if dist.get_rank() == 0:
+
+    def begin() -> None:
         _remove_hidden(folder)  # what a run that was killed left behind
-        for role, engine in engines.items():
+        for role in engines:
             (draft / role).mkdir(parents=True)
+
+    def describe() -> None:
+        for role, engine in engines.items():
             model = {"head": engine.head, "architecture": asdict(engine.architecture)}
             _write_json(draft / role / "model.json", {**state.get("model", {}), **model})
         _write_json(draft / "state.json", {"step": step, "roles": list(engines), **state})
-    dist.barrier()
+
+    _on_first_rank(begin)
     requests = [_request(engine, draft / role) for role, engine in engines.items()]
+    _on_first_rank(describe)  # only now: Megatron takes a folder with files for a broken checkpoint
     thread = Thread(target=_write, args=(requests,))
     thread.start()
     _unfinished = _Unfinished(final, thread, requests, lambda: _publish(draft, final, keep))
     if wait:
         finish()
     return final
+
+
+def _on_first_rank(work: Callable[[], None]) -> None:
+    """Raises on all ranks the OSError that it meets on the first."""
+    problem = [""]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except OSError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, 0)
+    if problem[0]:
+        raise OSError(problem[0])
 
 
 class _Unfinished(NamedTuple):
@@ -210,7 +229,12 @@ def _remove_hidden(folder: Path) -> None:
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in a folder, or None."""
     pointer = folder / "latest"
-    return folder / json.loads(pointer.read_text()) if pointer.exists() else None
+    if not pointer.exists():
+        return None
+    newest = folder / json.loads(pointer.read_text())
+    if not newest.is_dir():
+        raise ValueError(f"{pointer} names {newest.name}, which is gone; let it name another")
+    return newest
 
 
 def find(path: str, head: str | None = None) -> Path:
@@ -226,7 +250,9 @@ def find(path: str, head: str | None = None) -> Path:
         for folder in (place / "checkpoints", place):
             place = latest(folder) or place
         if not (place / "state.json").exists():
-            raise ValueError(f"no checkpoint in {path}")
+            theirs = (place / "config.json").exists()
+            advice = ": a model of Hugging Face; `tetrad import` it first" if theirs else ""
+            raise ValueError(f"no checkpoint in {path}{advice}")
         candidates = [place / role for role in read_state(place)["roles"]]
     for candidate in candidates:
         if head in (None, read_model(candidate)[1]["head"]):
@@ -246,7 +272,10 @@ def read_model(folder: Path) -> tuple[Architecture, dict]:
     model = json.loads((folder / "model.json").read_text())
     if model.get("tokenizer", "").startswith("./"):
         model["tokenizer"] = str((folder / model["tokenizer"]).resolve())
-    return Architecture(**model.pop("architecture")), model
+    try:
+        return Architecture(**model.pop("architecture")), model
+    except TypeError as error:  # of another version
+        raise ValueError(f"{folder / 'model.json'}: {error}") from None
 
 
 def load_weights(chunks: list[nn.Module], topology: Topology, folder: Path) -> None:
@@ -274,7 +303,7 @@ def load(engine: Engine, folder: Path) -> None:
     Raises ValueError when the checkpoint lacks what the optimizer keeps."""
     optimizer = engine.optimizer
     assert optimizer is not None
-    saved = dist_checkpointing.load_common_state_dict(folder).get("optimizer", {})
+    saved = dist_checkpointing.load_common_state_dict(str(folder)).get("optimizer", {})
     for kind in optimizer.flat:
         if kind not in saved.get("kinds", ()):
             raise ValueError(f"{folder} has no optimizer state {kind}")

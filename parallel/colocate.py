@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.parallel import device
-
-ALIGNMENT = 64  # elements: a weight begins where matrix products and collectives are fastest
+from tetrad.parallel.settings import ALIGNMENT
 
 
 class Slot:
@@ -44,8 +43,10 @@ class Tenant:
         self.slot, self.size, self.used = slot, size, 0
         self.twin: Tensor | None = None  # the same bytes on the host
         if has_twin:
-            pin = slot.stream is not None
-            self.twin = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+            self.twin = torch.empty(size, dtype=torch.uint8)
+            if slot.stream is not None and size:  # pin_memory would round up to a power of two
+                status = torch.cuda.cudart().cudaHostRegister(self.twin.data_ptr(), size, 0)
+                torch.cuda.check_error(int(status))
         self.changed = False  # since it was last copied to the host; a gradient: since the step
         self._arrived: torch.cuda.Event | None = None
 
@@ -145,6 +146,7 @@ class Weights:
     def __init__(self, chunks: list[nn.Module], tenant: Tenant | None = None) -> None:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         self._pairs = [(p, p.data if tenant is None else _copy(p.data, tenant)) for p in parameters]
+        self.show()  # or the modules would keep what they hold now beside it, until they are used
 
     def show(self) -> None:
         """Make these the modules' weights."""

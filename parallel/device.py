@@ -14,6 +14,7 @@ import ast
 import importlib
 import importlib.abc
 import importlib.machinery
+import logging
 import math
 import sys
 import types
@@ -62,6 +63,7 @@ def install() -> None:
     warnings.filterwarnings("ignore", message=".*(tp_group|Apex|Transformer Engine).*")
     if torch.cuda.is_available() or installed():
         return
+    logging.getLogger(f"{PACKAGE}.tensor_parallel.random").setLevel(logging.ERROR)  # every dropout
     if PACKAGE in sys.modules:
         raise RuntimeError(f"{PACKAGE} was imported before tetrad.parallel.device.install()")
     sys.meta_path.insert(0, _Finder())
@@ -183,9 +185,8 @@ class _Rewrite(ast.NodeTransformer):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    def get_code(
-        self, fullname: str
-    ):  # neither from nor to a .pyc: those hold the unchanged source
+    # neither from nor to a .pyc: those hold the unchanged source
+    def get_code(self, fullname: str):
         path = self.get_filename(fullname)
         tree = _Rewrite().visit(ast.parse(self.get_data(path), path))
         at = 0  # after the docstring and the __future__ imports

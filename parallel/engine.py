@@ -68,6 +68,8 @@ class Engine:
         optimizer: Optimizer | None = None,
         memory: Memory | None = None,
     ) -> None:
+        # of each chunk: the module, what runs (when trained, a wrapper that sums gradients), the
+        # Model inside
         self.modules = chunks
         self.chunks: list[nn.Module] = [*optimizer.ddp] if optimizer else chunks
         self.cores = [unwrap(chunk) for chunk in chunks]
@@ -129,9 +131,9 @@ class Engine:
         return self._accumulate(batch, lambda value, part: (value, part.stats), loss, more=more)
 
     def accumulate_cross_entropy(
-        self, batch: Batch, *, denominator: int, weight: float = 1.0, more: bool = False
+        self, batch: Batch, *, denominator: int, coef: float = 1.0, more: bool = False
     ) -> dict:
-        """Add the gradient of weight * sum over the response tokens of -log p / denominator."""
+        """Add the gradient of coef * sum over the response tokens of -log p / denominator."""
 
         def loss(hidden: Tensor, unembedding: Tensor, part: Part) -> Tensor:
             nats = linear_cross_entropy(
@@ -139,7 +141,7 @@ class Engine:
                 **self._vocabulary(unembedding),
             )  # fmt: skip
             part.stats = {"nats_per_token": nats}
-            return weight * nats
+            return coef * nats
 
         return self._accumulate(batch, lambda value, part: (value, part.stats), loss, more=more)
 
@@ -216,7 +218,7 @@ class Engine:
         outputs = self._run(parts, read, lambda output, part, **_: output, forward_only=True)
         size = len(batch.lengths) if per_sequence else len(batch.tokens)
         result = torch.zeros(size, device=device.device())
-        if self._answers:
+        if self.topology.answers:
             for part, output in zip(parts, outputs):
                 if part.groups:
                     index = batch.token_index(part.groups)[per_sequence][part.owned]
@@ -250,11 +252,6 @@ class Engine:
         with self.optimizer.accumulating(last=not more):
             outputs = self._run(parts, read, total, forward_only=False)
         return self._sum_stats(outputs)
-
-    @property
-    def _answers(self) -> bool:
-        """Whether this rank has results that no other rank has."""
-        return self.topology.is_last_stage and self.topology.tp_rank == 0
 
     def _parts(self, batch: Batch, per_sequence: bool) -> list[Part]:
         """This data-parallel rank's micro-batches; never none, for even an empty share takes part
@@ -319,7 +316,7 @@ class Engine:
             dist.broadcast_object_list(names, last, group=self.topology.groups.pp)
         sums = torch.zeros(len(names[0]), dtype=torch.float64, device=device.device())
         tops = torch.full_like(sums, -torch.inf)
-        if self._answers:
+        if self.topology.answers:
             table = torch.stack([torch.stack([o[n].double() for n in names[0]]) for o in outputs])
             sums, tops = table.sum(0), table.max(0).values
         dist.all_reduce(sums)

@@ -1,14 +1,16 @@
 """Traffic and time of an iteration, estimated from shapes, layouts and stated rates.
 
 Memory is plan.py's, and exact where it says so; this is not: it says which layout is in the right
-range and what it waits for. No rate here was measured by us but those that docs/plan.md names.
+range and what it waits for. The rates are the makers', the fractions of them that are reached are
+guesses; docs/plan.md says so too.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from tetrad.parallel.plan import BYTES, Role, Run, elements, parameters
+from tetrad.parallel.plan import Role, Run, elements, parameters
+from tetrad.parallel.settings import BYTES
 
 NODE = 8  # GPUs of a node: ranks that many apart talk over the network
 LATENCY = 20e-6  # seconds before a collective moves its first byte

@@ -58,6 +58,7 @@ def generate(
         raise ValueError(f"temperature is {temperature}; it must not be negative")
     R, where = len(prompts), device.device()
     uniform = torch.rand(R, max_new, generator=generator(*seed), dtype=torch.float64)
+    # all in fp64, which holds token ids and log-probs: they travel together
     tokens = torch.zeros(R, max_new, dtype=torch.float64, device=where)
     logprobs = torch.zeros_like(tokens)
     lengths = torch.zeros(R, dtype=torch.float64, device=where)
@@ -69,7 +70,7 @@ def generate(
         decoder = _Decoder(engine, [list(prompts[r]) for r in rows], max_new, eos_id, temperature)
         with _whole_sequences(engine):
             decoder.run(uniform[rows])
-        if engine.topology.is_last_stage and engine.topology.tp_rank == 0:
+        if engine.topology.answers:
             tokens[rows], logprobs[rows] = decoder.tokens, decoder.logprobs
             lengths[rows] = decoder.lengths.double()
     for x in (tokens, logprobs, lengths):
@@ -117,13 +118,13 @@ class _Decoder:
             chosen, logprobs = self._broadcast(self._forward(feed, packing, draw), len(active))
             self.tokens[active, step], self.logprobs[active, step] = chosen, logprobs
             self.lengths[active] += 1
-            going = chosen != self.eos_id
+            going = (chosen != self.eos_id).nonzero()[:, 0]
             held = (held + torch.tensor(lengths, device=where))[going]
             active, feed = active[going], chosen[going].long()
             lengths = [1] * len(active)
             if not lengths:
                 break
-            if len(lengths) < len(going):
+            if len(lengths) < len(chosen):
                 self.cache.keep(going)
 
     def _forward(self, tokens: Tensor, packing: Packing, draw: Callable) -> Tensor:
@@ -173,12 +174,13 @@ class _Decoder:
 
 @contextmanager
 def _whole_sequences(engine: Engine):
-    """Switch sequence parallelism off: steps of one token cannot be split."""
+    """Switch sequence parallelism off, for steps of one token cannot be split; and the exchange of
+    shapes between stages, which know them."""
     switched = []
     for core in engine.cores:
         core.eval()
         for module in (core.config, *core.modules()):
-            for name in ("sequence_parallel", "reduce_scatter_embeddings"):
+            for name in ("sequence_parallel", "reduce_scatter_embeddings", "variable_seq_lengths"):
                 if getattr(module, name, False) is True:
                     setattr(module, name, False)
                     switched.append((module, name))

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tetrad.parallel.checkpoint import read_model, write_text
 from tetrad.parallel.settings import FAMILIES, Architecture
@@ -76,7 +77,7 @@ def import_model(source: Path, out: Path, tokenizer: str) -> None:
     tokenizer: the name that `checkpoint.read_model` gives it. Raises ValueError for a model that
     ours cannot be, naming the option or the tensor.
     """
-    a, head = _read_config(source)
+    a, head = read_config(source)
     files, parts = SafeTensors(source), _parts(a, head)
     has_bias = "score.bias" in files.shapes
     if not has_bias:
@@ -89,7 +90,7 @@ def import_model(source: Path, out: Path, tokenizer: str) -> None:
     _check(source, files, stored, parts, a, head)
 
     def tensors() -> Iterator[tuple[Place, Tensor]]:
-        for place, names in parts.items():
+        for place, names in tqdm(parts.items(), "import", disable=None):
             yield place, _ours([files.read(stored[name]) for name in names], place, a)
         if head == "scalar" and not has_bias:
             yield _BIAS, torch.zeros(1, dtype=DTYPES[files.types["score.weight"]])
@@ -146,7 +147,7 @@ def export_model(
         parts.pop(_BIAS)
     config = _config(a, head, stored.dtype(next(iter(parts))), ids)
     write_text(out / "config.json", json.dumps(config, indent=2))
-    _check_kept(a, _read_config(out)[0], config["architectures"][0])
+    _check_kept(a, read_config(out)[0], config["architectures"][0])
     shards: list[Parts] = [{}]
     size = total = 0
     for place, names in parts.items():
@@ -163,7 +164,8 @@ def export_model(
             for place, names in shard.items()
             for name, x in zip(names, _theirs(stored.empty(place), place, a))
         }
-        numbers = (x for place in shard for x in _theirs(stored.read(place), place, a))
+        places = tqdm(shard, f"export {i + 1} of {len(shards)}", disable=None)
+        numbers = (x for place in places for x in _theirs(stored.read(place), place, a))
         many = f"-{i + 1:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         write_safetensors(out / f"model{many}.safetensors", tensors, numbers)
         weight_map |= dict.fromkeys(tensors, f"model{many}.safetensors")
@@ -172,7 +174,7 @@ def export_model(
         write_text(out / "model.safetensors.index.json", json.dumps(index, indent=2))
 
 
-def _read_config(source: Path) -> tuple[Architecture, str]:
+def read_config(source: Path) -> tuple[Architecture, str]:
     """The shape of a Hugging Face model, and its head."""
     path = source / "config.json"
     if not path.is_file():

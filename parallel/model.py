@@ -41,11 +41,8 @@ from tetrad.parallel.topology import Topology, mixed_seed
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INIT_STD = 0.02
-SPLIT = {
-    ColumnParallelLinear: 0,
-    VocabParallelEmbedding: 0,
-    RowParallelLinear: 1,
-}  # along which dim
+# along which dimension tp ranks split a weight
+SPLIT = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
 Read = Callable[[Tensor, Tensor], Tensor]  # (hidden, unembedding) -> what a caller wants
 
 
@@ -126,7 +123,7 @@ class Model(GPTModel):
         hidden = self.embedding(input_ids, position_ids) if self.pre_process else None
         rope = None
         if self.inverse_frequencies is not None:
-            angles = position_ids[0, :, None] * self.inverse_frequencies.to(position_ids.device)
+            angles = position_ids[0, :, None] * self.inverse_frequencies
             rope = torch.cat([angles, angles], -1)[:, None, None]  # (T, 1, 1, channels)
         return hidden, rope, None, None, None, None
 
@@ -192,7 +189,9 @@ def _chunk(
         vp_stage=vp_stage,
     )
     model.head, model.architecture = head, architecture
-    model.inverse_frequencies = _inverse_frequencies(architecture) if architecture.gated else None
+    model.inverse_frequencies = None
+    if architecture.gated:
+        model.inverse_frequencies = _inverse_frequencies(architecture).to(device.device())
     if is_last and head == "scalar":
         model.output_layer = ScalarHead(architecture.hidden_size)  # type: ignore[assignment]
     elif is_last:

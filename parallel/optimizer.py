@@ -246,15 +246,6 @@ class Optimizer:
             for group in ddp.bucket_groups:
                 group.finish_param_sync(skip_next_bucket_dispatch=True)
 
-    def memory(self) -> dict[str, list[Tensor]]:
-        """The flat tensors that hold this rank's "parameters", "gradients" and "optimizer" state,
-        padding included. Call `sync` before moving them."""
-        return {
-            "parameters": [buffer.param_data for buffer in self.buffers],
-            "gradients": [buffer.grad_data for buffer in self.buffers],
-            "optimizer": list(self.flat.values()),
-        }
-
     @torch.no_grad()
     def whole(self, kind: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each weight of this rank's model and its whole state of one kind, fp32 on the host and

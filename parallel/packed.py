@@ -111,6 +111,8 @@ def pack(
     """A batch of prompt + response sequences; the responses count. An empty prompt gives its first
     response token away, since nothing precedes it that could predict it."""
     lengths = torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses)])
+    if (lengths == 0).any():
+        raise ValueError(f"sequence {int((lengths == 0).nonzero()[0])} has no tokens")
     tokens = [t for p, r in zip(prompts, responses) for part in (p, r) for t in part]
     mask = [c for p, r in zip(prompts, responses) for c in [False] * len(p) + [True] * len(r)]
     batch = Batch(
@@ -119,8 +121,7 @@ def pack(
         torch.tensor(mask, dtype=torch.bool),
         cu_groups=cu_groups,
     )
-    first = batch.cu_seqlens[:-1][lengths > 0]
-    batch.response_mask[first] = False
+    batch.response_mask[batch.cu_seqlens[:-1]] = False
     return batch
 
 

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tetrad.parallel.settings import Architecture, Layout
+from tetrad.parallel.settings import ALIGNMENT, BYTES, Architecture, Layout
 
-BYTES = {"fp32": 4, "bf16": 2}  # of a parameter and of an activation
 LOSS_ROWS = 2048  # kernels.linear_loss.ROWS, which needs torch to be read
-ALIGNED = 64  # elements: where the weights of a frozen role begin; colocate.ALIGNMENT
 Bytes = dict[str, int]  # by kind
 
 
@@ -106,7 +104,7 @@ def state(role: Role, world: int, rank: int) -> Bytes:
     stage, element = role.stage(world, rank), BYTES[role.precision]
     if not role.trained:
         chunks = (parameters(role, stage, chunk) for chunk in range(role.layout.vpp))
-        size = sum(-(-n // ALIGNED) * ALIGNED for chunk in chunks for n, _ in chunk)
+        size = sum(-(-n // ALIGNMENT) * ALIGNMENT for chunk in chunks for n, _ in chunk)
         return {"parameters": element * size}
     shards, size = role.shards(world), 0
     for chunk in range(role.layout.vpp):
@@ -129,44 +127,44 @@ class Layer:
     forward: int  # alive at once when nothing is kept
     backward: int  # gradients alive at once in the backward pass, beside what was saved
 
-    @staticmethod
-    @lru_cache
-    def of(role: Role, *, split: bool = True) -> "Layer":
-        """split: tokens are divided among tp ranks where weights are not, if the layout says so;
-        sampling never does."""
-        a, layout, e = role.architecture, role.layout, BYTES[role.precision]
-        tp, cp = layout.tp, layout.cp
-        whole = e * a.hidden_size
-        parts = tp if layout.sequence_parallel and split else 1
-        hidden = whole // parts
-        q, kv = (e * n * a.channels // tp for n in (a.num_heads, a.kv_heads))
-        ffn = e * a.ffn // tp
-        heads = a.num_heads // tp
-        # heads of grouped queries lie between keys and values: to put them together is a copy
-        copied = q * (a.num_heads > a.kv_heads > tp)
-        # norm: input, output, fp32 mean and 1 / deviation, twice
-        saved = 4 * hidden + 2 * (4 if a.gated else 8) // parts
-        # attention: output and fp32 log-sum-exp; query, key and value
-        saved += q + 4 * heads
-        if cp > 1:  # keys and values of what its two runs of tokens see, from all ranks
-            saved += q + (0 if a.gated else 2 * kv) + kv * (2 * cp + 1)
-        elif a.gated:  # query and key turned by RoPE; the value is a view of the whole product
-            saved += q + kv + (q + 2 * kv)
-        else:  # views of the product
-            saved += q + 2 * kv + copied
-        if a.gated:  # RoPE: sine and cosine for query and key
-            saved += 4 * e * a.channels
-        if a.family == "qwen3":  # norms of the heads: input, and fp32 1 / deviation
-            saved += copied + 4 * (heads + a.kv_heads // tp) + (q + 2 * kv) * (cp > 1)
-        # SwiGLU: both halves, silu, the linear half + 0, the product; GELU: input and output
-        saved += ffn * (5 if a.gated else 2)
-        # the layer's input, the residual sum, the norm's output; and what follows it
-        attention = 3 * hidden + 2 * (q + 2 * kv) + q
-        if cp > 1 and split:  # keys and values gathered, and those of its runs
-            attention += kv * (4 * cp + 1)
-        forward = max(attention, 3 * hidden + ffn * (5 if a.gated else 2))
-        backward = 2 * whole + ffn  # what was saved goes as gradients come
-        return Layer(saved, hidden, forward, backward)
+
+@lru_cache
+def layer_of(role: Role, *, split: bool = True) -> Layer:
+    """split: tokens are divided among tp ranks where weights are not, if the layout says so;
+    sampling never does."""
+    a, layout, e = role.architecture, role.layout, BYTES[role.precision]
+    tp, cp = layout.tp, layout.cp
+    whole = e * a.hidden_size
+    parts = tp if layout.sequence_parallel and split else 1
+    hidden = whole // parts
+    q, kv = (e * n * a.channels // tp for n in (a.num_heads, a.kv_heads))
+    ffn = e * a.ffn // tp
+    heads = a.num_heads // tp
+    # heads of grouped queries lie between keys and values: to put them together is a copy
+    copied = q * (a.num_heads > a.kv_heads > tp)
+    # norm: input, output, fp32 mean and 1 / deviation, twice
+    saved = 4 * hidden + 2 * (4 if a.gated else 8) // parts
+    # attention: output and fp32 log-sum-exp; query, key and value
+    saved += q + 4 * heads
+    if cp > 1:  # keys and values of what its two runs of tokens see, from all ranks
+        saved += q + (0 if a.gated else 2 * kv) + kv * (2 * cp + 1)
+    elif a.gated:  # query and key turned by RoPE; the value is a view of the whole product
+        saved += q + kv + (q + 2 * kv)
+    else:  # views of the product
+        saved += q + 2 * kv + copied
+    if a.gated:  # RoPE: sine and cosine for query and key
+        saved += 4 * e * a.channels
+    if a.family == "qwen3":  # norms of the heads: input, and fp32 1 / deviation
+        saved += copied + 4 * (heads + a.kv_heads // tp) + (q + 2 * kv) * (cp > 1)
+    # SwiGLU: both halves, silu, the linear half + 0, the product; GELU: input and output
+    saved += ffn * (5 if a.gated else 2)
+    # the layer's input, the residual sum, the norm's output; and what follows it
+    attention = 3 * hidden + 2 * (q + 2 * kv) + q
+    if cp > 1 and split:  # keys and values gathered, and those of its runs
+        attention += kv * (4 * cp + 1)
+    forward = max(attention, 3 * hidden + ffn * (5 if a.gated else 2))
+    backward = 2 * whole + ffn  # what was saved goes as gradients come
+    return Layer(saved, hidden, forward, backward)
 
 
 @dataclass(frozen=True)
@@ -290,21 +288,28 @@ class Run:
     def _building(self, rank: int, swap: bool) -> Iterator[Moment]:
         """Each role as it is built, the trained ones first: beside its place there are the module's
         weights and the buffers that Megatron makes, but what is built later is not there yet."""
-        needs, always = self.needs(rank), self.always(rank, swap)
-        order = sorted(self.roles, key=lambda name: not self.roles[name].trained)
-        places = {name: i % 2 if swap else name for i, name in enumerate(self.roles)}
-        there: dict[tuple, int] = {}  # slots in use; those of the swap are as large as they will be
-        for name in order:
-            x, neighbours = needs[name], [n for n in places if places[n] == places[name]]
-            there[places[name], "parameters"] = max(needs[n]["parameters"] for n in neighbours)
-            twice = 1
-            if self.roles[name].trained:
-                there["gradients",] = max(y["gradients"] for y in needs.values())
-                twice = 2
-            used = sum(there.values()) + twice * x["parameters"] + x["gradients"]
-            yield Moment("start", name, {"workspaces": max(0, used - always)})
-            alike = needs.values() if swap else [x]
-            there[swap or name, "optimizer"] = max(y["optimizer"] for y in alike)
+        needs, always, names = self.needs(rank), self.always(rank, swap), list(self.roles)
+        apart, together = [[name] for name in names], [names]
+        groups = {  # of roles that share a slot
+            "parameters": [names[::2], names[1::2]] if swap else apart,
+            "gradients": together,
+            "optimizer": together if swap else apart,
+        }
+
+        def slots(kind: str, built: list[str]) -> int:
+            """Bytes of the slots, each as large as it will be, that some of these roles have."""
+            used = (group for group in groups[kind] if not {*group}.isdisjoint(built))
+            return sum(max(needs[name][kind] for name in group) for group in used)
+
+        order = sorted(names, key=lambda name: not self.roles[name].trained)
+        for i, name in enumerate(order):
+            before, now = order[:i], order[: i + 1]
+            copies = 2 if self.roles[name].trained else 1  # the module's; Megatron's buffer
+            weights = slots("parameters", now) + copies * needs[name]["parameters"]
+            gradients = slots("gradients", now) + needs[name]["gradients"]
+            optimizer = slots("optimizer", before)
+            workspace = max(0, weights + gradients + optimizer - always)
+            yield Moment("start", name, {"workspaces": workspace})
 
     def ranks(self) -> list[int]:
         """One rank of each kind: those of the same stages hold the same."""
@@ -324,7 +329,7 @@ class Run:
         places = 2 * rows * w.longest * a.channels // tp  # of keys and values of one layer and head
         cache = places * e * a.kv_heads * role.layers() * layout.vpp
         # all prompts at once through a layer; a row that ends moves the others, layer by layer
-        prefill = rows * w.prompt * Layer.of(role, split=False).forward
+        prefill = rows * w.prompt * layer_of(role, split=False).forward
         step = places * (4 * a.num_heads if a.kv_heads < a.num_heads else e * a.kv_heads)
         draw = 0
         if stage == layout.pp - 1:  # fp32 logits, gathered; fp64: logits, their softmax, its sums
@@ -338,15 +343,15 @@ class Run:
         last = role.stage(self.world, rank) == role.layout.pp - 1
         answer = 4 if role.head == "scalar" else BYTES[role.precision]
         answers = local * role.architecture.hidden_size * answer * last
-        sent = 0 if last else 2 * local * Layer.of(role).input  # and received, between stages
+        sent = 0 if last else 2 * local * layer_of(role).input  # and received, between stages
         workspace = self._gathered(role, local) + answers + sent
-        return {"activations": local * Layer.of(role).forward, "workspaces": workspace}
+        return {"activations": local * layer_of(role).forward, "workspaces": workspace}
 
     def _training(self, role: Role, rank: int, ptx: int) -> Bytes:
         a, w, layout, e = role.architecture, self.work, role.layout, BYTES[role.precision]
         stage = role.stage(self.world, rank)
         count, tokens = w.parts(role, self.world, max(w.minibatch, ptx))
-        local, layer, layers = tokens // layout.cp, Layer.of(role), role.layers()
+        local, layer, layers = tokens // layout.cp, layer_of(role), role.layers()
         last = stage == layout.pp - 1
         kept = layers * (layer.input if role.recompute else layer.saved)
         # and what a stage hands on, or the input of the final norm
@@ -357,9 +362,8 @@ class Run:
         workspace = local * layer.backward + e * matrix + self._gathered(role, local)
         if last and role.head == "scalar":
             workspace += 4 * local * a.hidden_size
-        elif (
-            last
-        ):  # kernels.linear_loss: logits and their gradient; sums of gradients, also rounded
+        elif last:
+            # kernels.linear_loss: logits and their gradient; sums of gradients, also rounded
             rows, width = min(LOSS_ROWS, local), a.padded_vocab(layout.tp) // layout.tp
             workspace += rows * width * (4 + e) + (4 + e) * a.hidden_size * (local + width)
         return {"activations": activations, "workspaces": workspace}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this and of tp
+BYTES = {"fp32": 4, "bf16": 2}  # of a weight and of an activation, by precision
+ALIGNMENT = 64  # elements: a weight begins where matrix products and collectives are fastest
 FAMILIES = {  # name: the Hugging Face model type, and what sets the blocks apart
     "gpt1": "openai-gpt",  # LayerNorm after each residual sum, learned positions, GELU, biases
     "gpt2": "gpt2",  # LayerNorm before each branch, learned positions, GELU, biases
@@ -35,6 +37,9 @@ class Architecture:
     windows: Sequence[int] = ()  # tokens a layer's query sees, itself included (0: all), cyclic
 
     def __post_init__(self) -> None:
+        for name in ("windows", "rope_scaling"):  # lists, from JSON and YAML
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.family not in FAMILIES:
             raise ValueError(f"family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
         for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "max_length"):
@@ -83,7 +88,7 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
 
-def _gpt(layers: int, hidden: int, heads: int, length: int, **more: Any) -> dict[str, Any]:
+def _shape(layers: int, hidden: int, heads: int, length: int, **more: Any) -> dict[str, Any]:
     return {
         "vocab_size": 50257, "num_layers": layers, "hidden_size": hidden, "num_heads": heads,
         "max_length": length, "family": "gpt2", **more,
@@ -99,16 +104,16 @@ _LLAMA3: dict[str, Any] = {
 }  # fmt: skip
 
 PRESETS: dict[str, dict] = {
-    "gpt1-117m": _gpt(12, 768, 12, 512, family="gpt1", vocab_size=40478),
-    "gpt2-117m": _gpt(12, 768, 12, 1024),
-    "gpt2-345m": _gpt(24, 1024, 16, 1024),
-    "gpt2-762m": _gpt(36, 1280, 20, 1024),
-    "gpt2-1542m": _gpt(48, 1600, 25, 1024),
-    "gpt3-1.3b": _gpt(24, 2048, 16, 2048, **_BANDED),  # the paper's 24 heads of 128 exceed 2048
-    "gpt3-6.7b": _gpt(32, 4096, 32, 2048, **_BANDED),
-    "gpt3-175b": _gpt(96, 12288, 96, 2048, **_BANDED),
-    "llama3-8b": _gpt(32, 4096, 32, 8192, ffn_hidden_size=14336, **_LLAMA3),
-    "llama3-70b": _gpt(80, 8192, 64, 8192, ffn_hidden_size=28672, **_LLAMA3),
+    "gpt1-117m": _shape(12, 768, 12, 512, family="gpt1", vocab_size=40478),
+    "gpt2-117m": _shape(12, 768, 12, 1024),
+    "gpt2-345m": _shape(24, 1024, 16, 1024),
+    "gpt2-762m": _shape(36, 1280, 20, 1024),
+    "gpt2-1542m": _shape(48, 1600, 25, 1024),
+    "gpt3-1.3b": _shape(24, 2048, 16, 2048, **_BANDED),  # the paper's 24 heads of 128 exceed 2048
+    "gpt3-6.7b": _shape(32, 4096, 32, 2048, **_BANDED),
+    "gpt3-175b": _shape(96, 12288, 96, 2048, **_BANDED),
+    "llama3-8b": _shape(32, 4096, 32, 8192, ffn_hidden_size=14336, **_LLAMA3),
+    "llama3-70b": _shape(80, 8192, 64, 8192, ffn_hidden_size=28672, **_LLAMA3),
 }
 
 

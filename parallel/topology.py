@@ -63,9 +63,10 @@ class Topology:
         return self.pp_rank == self.pp - 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank reports the results of its model replica: one rank of each does."""
-        return self.is_last_stage and self.tp_rank == 0 and self.cp_rank == 0
+    def answers(self) -> bool:
+        """Whether this rank has results of its replica that no other rank has: one does, or with
+        context parallelism one for each part of the tokens."""
+        return self.is_last_stage and self.tp_rank == 0
 
 
 def initialize(layout: Layout) -> Topology:

@@ -22,7 +22,7 @@ COMMANDS = {  # name: (module and function, config, what it does)
     "sft": ("sft:sft", "SFT", "fine-tune it on demonstrations"),
     "rm": ("rm:rm", "RM", "train a reward model on ranked completions"),
     "ppo": ("ppo:ppo", "PPO", "optimise the policy against the reward model: PPO, PPO-ptx"),
-    "plan": ("planning:plan", "Plan", "bytes, traffic and time of ppo on gpus=N gpu=NAME"),
+    "plan": ("plan:plan", "Plan", "bytes, traffic and time of ppo on gpus=N gpu=NAME"),
     "generate": ("evaluate:generate", "Generate", "sample answers to prompts"),
     "evaluate": ("evaluate:evaluate", "Evaluate", "loss on text, reward, win rate, KL"),
     "import": ("convert:import_model", "Import", "a Hugging Face model as our checkpoint"),
@@ -126,7 +126,7 @@ def doctor() -> str:
         "fused ops": ops,
         "Megatron": "as it is" if cuda else "adapted to the CPU: there is no GPU",
         "attention": flash()[1],
-        "norms": "NVIDIA apex" if fused else "PyTorch: NVIDIA apex is not installed",
+        "norms": "NVIDIA apex" if fused else "PyTorch: no GPU, or no NVIDIA apex",
         "linear layers": "cuBLAS through PyTorch; Transformer Engine's are not used",
         "Adam": adam_from(),
     }

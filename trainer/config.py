@@ -13,7 +13,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from tetrad.parallel.settings import PRESETS, Architecture, Layout, Schedule
+from tetrad.parallel.settings import BYTES, PRESETS, Architecture, Layout, Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -29,7 +29,6 @@ class Parallel:
     microbatch_tokens: int = 16384  # of a micro-batch on one rank
     recompute: bool = False  # run each layer again in the backward pass, to keep its input only
     overlap: bool = False  # data-parallel communication while computing
-    colocate: str = "auto"  # roles "resident" on the GPU, or "swap"ped with host memory
 
     def layout(self) -> Layout:
         return Layout(self.tp, self.pp, self.cp, self.vpp, self.sequence_parallel)
@@ -152,6 +151,9 @@ class PPO(Training):
     reward: str = MISSING  # the reward model's run or checkpoint
     critic: str | None = None  # default: starts from the reward model
     critic_parallel: CriticParallel = field(default_factory=CriticParallel)
+    colocate: str = (
+        "auto"  # models stay on the GPU: "resident"; take turns with host memory: "swap"
+    )
     reference: str | None = None  # default: model.init
     prompts: Data = field(default_factory=Data)
     max_prompt: int = 1024  # tokens; longer prompts are left out
@@ -266,7 +268,7 @@ def parse(schema: type, arguments: list[str]) -> Any:
         layers.append(layer)
     if issubclass(schema, Training):
         presets = {key: config[key].preset for key in ("model", "reward_shape") if key in config}
-        shapes = {key: _preset(name) for key, name in presets.items() if name is not None}
+        shapes = {key: _preset(key, name) for key, name in presets.items() if name is not None}
         config = OmegaConf.merge(OmegaConf.structured(schema), shapes, *layers)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -276,11 +278,11 @@ def parse(schema: type, arguments: list[str]) -> Any:
     return cfg
 
 
-def _preset(name: str) -> dict[str, Any]:
+def _preset(key: str, name: str) -> dict[str, Any]:
     """The keys of `model` that a preset means; the vocabulary is the tokenizer's."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise ConfigError(f"model.preset={name}: unknown preset; the nearest is {near[0]}")
+        raise ConfigError(f"{key}.preset={name}: unknown preset; the nearest is {near[0]}")
     return {key: value for key, value in PRESETS[name].items() if key != "vocab_size"}
 
 
@@ -305,10 +307,10 @@ _AT_LEAST_ONE = (
     "minibatch_size", "steps", "ppo_epochs", "max_new", "rows_at_once", "ptx_length", "gpus",
 )  # fmt: skip
 _WITHIN = {
-    "ema_decay": (0, 1), "validation": (0, 0.9), "gamma": (0, 1), "lam": (0, 1),
+    "ema_decay": (0, 0.999999), "validation": (0, 0.9), "gamma": (0, 1), "lam": (0, 1),
     "dropout": (0, 0.9),
 }  # fmt: skip
-_POSITIVE = ("epochs", "clip_range", "value_clip_range", "ptx_ratio", "scale")
+_POSITIVE = ("shard_size", "epochs", "clip_range", "value_clip_range", "ptx_ratio", "scale")
 _NOT_NEGATIVE = ("temperature", "kl_coef", "ptx_coef")
 
 
@@ -329,6 +331,8 @@ def _check_ranges(cfg: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{name} is {value}; it must not be negative")
         elif name == "kl_estimator" and value not in ("k1", "k2", "k3", "abs"):
             raise ConfigError(f"{prefix}{name} is {value}; it must be k1, k2, k3 or abs")
+        elif name == "precision" and value not in BYTES:
+            raise ConfigError(f"{prefix}{name} is {value}; it must be {' or '.join(BYTES)}")
         elif name == "colocate" and value not in ("resident", "swap", "auto"):
             raise ConfigError(f"{prefix}{name} is {value}; it must be resident, swap or auto")
 

@@ -28,16 +28,17 @@ def import_model(cfg: config.Import) -> None:
     named."""
     source, own = Path(cfg.source), "./tokenizer"
     with _new(cfg.out) as draft:
-        hf.import_model(source, draft, cfg.tokenizer or own)
+        rows = hf.read_config(source)[0].vocab_size
         if cfg.tokenizer is None:
             (draft / own).mkdir()
             if not _copy(source, draft / own, TOKENIZER):
                 raise ValueError(f"{source} has no tokenizer; name one: tokenizer=…")
             _copy(source, draft / own, ABOUT)
-        words = load_tokenizer(cfg.tokenizer or str(source)).vocab_size
-        rows = checkpoint.read_model(draft)[0].vocab_size
+        name = cfg.tokenizer or str(source)
+        words = load_tokenizer(name).vocab_size
         if words > rows:
-            raise ValueError(f"the tokenizer has {words} tokens, the model only {rows}")
+            raise ValueError(f"tokenizer {name} has {words} tokens, {source} only {rows}")
+        hf.import_model(source, draft, cfg.tokenizer or own)
     log.info(f"import: {source} -> {cfg.out}")
 
 
@@ -73,8 +74,11 @@ def _new(name: str) -> Iterator[Path]:
     draft = out.with_name(f".{out.name}.writing")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    yield draft
-    draft.rename(out)
+    try:
+        yield draft
+        draft.rename(out)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _copy(source: Path, to: Path, names: tuple[str, ...]) -> bool:

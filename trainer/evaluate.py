@@ -40,6 +40,12 @@ def evaluate(cfg: config.Evaluate) -> dict[str, float]:
         eos_id, seed = source.tokenizer.eos_id, (cfg.seed,)
         episodes = rollout(model, prompts, cfg.sampling, eos_id, seed)
         reward = role("scalar", cfg.reward)
+        longest = int(episodes.batch.lengths.max())
+        if longest > reward.architecture.max_length:
+            raise ValueError(
+                f"reward {cfg.reward} reads {reward.architecture.max_length} tokens at most, an "
+                f"answer with its prompt has {longest}"
+            )
         scores = reward.scores(episodes.batch)
         summary |= {
             "score": float(scores.mean()),

@@ -63,7 +63,7 @@ def _check_same_run(cfg: config.Run, out: Path) -> None:
     old = yaml.safe_load(config.completed(cfg, out / "config.yaml"))
     new = yaml.safe_load(config.as_yaml(cfg))
     for settings in (old, new):  # the layout may change, the arithmetic may not
-        settings["parallel"] = settings["parallel"]["precision"]
+        settings["parallel.precision"] = settings.pop("parallel")["precision"]
     for key in new:
         if key not in free and old.get(key) != new[key]:
             advice = ", or resume=false to start it afresh" if "resume" in new else ""
@@ -87,6 +87,9 @@ class Source:
 
 def source_of(model: config.Model) -> Source:
     """Of the checkpoint that a model starts from, or as configured for a fresh one."""
+    given = [k for k, v in vars(model).items() if k != "init" and v != getattr(config.Model(), k)]
+    if model.init and given:
+        raise ValueError(f"model.{given[0]} is given beside model.init, which brings its own")
     if not model.init:
         return Source(model.tokenizer, load_tokenizer(model.tokenizer), model.max_length)
     architecture, description = checkpoint.read_model(checkpoint.find(model.init))

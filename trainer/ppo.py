@@ -82,7 +82,7 @@ def iteration(
         if text is not None:
             pretraining = text(k)
             stats = roles.policy.accumulate_cross_entropy(
-                pretraining, denominator=pretraining.counted, weight=cfg.ptx_coef
+                pretraining, denominator=pretraining.counted, coef=cfg.ptx_coef
             )
             log.add("ptx", stats)
         log.add("policy", roles.policy.step())
@@ -212,8 +212,15 @@ def build_roles(
         name: checkpoint.read_model(checkpoint.find(init, head))[0]
         for name, (head, init) in inits.items()
     }
+    longest = min(cfg.max_prompt + cfg.sampling.max_new, shapes["policy"].max_length)
+    for name, shape in shapes.items():
+        if shape.max_length < longest:
+            raise ValueError(
+                f"{name} {inits[name][1]} reads {shape.max_length} tokens at most; max_prompt + "
+                f"sampling.max_new is up to {longest}"
+            )
     run, rank = run_of(cfg, shapes, dist.get_world_size()), dist.get_rank()
-    swap = choose(run, device.total_memory(), cfg.parallel.colocate)
+    swap = choose(cfg, run, device.total_memory())
     logging.getLogger("tetrad").info(forecast(run, rank, swap))
     memory = colocate(run.needs(rank), swap)
     layout = cfg.critic_parallel.layout(cfg.parallel)
@@ -232,13 +239,13 @@ def build_roles(
     reference = role("reference") if cfg.reference else policy.twin(memory["reference"])
     roles = Roles(policy, reference, role("reward"), critic)
 
-    def described() -> dict[str, float]:
+    def memory_used() -> dict[str, float]:
         """GiB: on a GPU the highest so far, on a CPU what lies there at all times."""
         predicted = run.peak(rank, swap)[0] if device.peak_memory() else run.always(rank, swap)
         measured = device.peak_memory() or held(memory)
         return {"memory_predicted_gib": predicted / GIB, "memory_gib": measured / GIB}
 
-    return roles, described
+    return roles, memory_used
 
 
 def _pretraining_text(cfg: config.PPO, source: Source) -> Text:

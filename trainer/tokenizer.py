@@ -42,16 +42,15 @@ class ByteTokenizer:
         return prompt if isinstance(prompt, str) else _transcript(prompt)
 
     def ids(self) -> dict[str, int]:
-        return {f"<{i:02x}>": i for i in range(256)} | {"<end>": self.eos_id}
+        return {f"<{i:02x}>": i for i in range(256)}
 
 
 class HuggingFaceTokenizer:
     """A tokenizer of `transformers`, from a local folder or by its hub name."""
 
     def __init__(self, name: str) -> None:
-        from transformers import (
-            AutoTokenizer,
-        )  # seconds to import, and the byte tokenizer needs none
+        # seconds to import, and the byte tokenizer needs none
+        from transformers import AutoTokenizer
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
@@ -81,7 +80,7 @@ class HuggingFaceTokenizer:
         )
 
     def ids(self) -> dict[str, int]:
-        return self._tokenizer.get_vocab() | {"end of text": self.eos_id}
+        return self._tokenizer.get_vocab()
 
 
 @lru_cache
@@ -95,7 +94,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def are_same(one: str, other: str) -> bool:
     """Whether two tokenizers, by name, give the same ids: copies of one lie in several folders."""
-    return one == other or load_tokenizer(one).ids() == load_tokenizer(other).ids()
+    a, b = load_tokenizer(one), load_tokenizer(other)
+    return one == other or (a.ids(), a.eos_id) == (b.ids(), b.eos_id)
 
 
 def _transcript(messages: list[dict[str, str]]) -> str:

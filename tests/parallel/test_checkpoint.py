@@ -10,7 +10,14 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from tests.forked_world import run_world
-from tests.parallel.tiny import ALONE, average_weights, ragged_batch, tiny_engine, train_step
+from tests.parallel.tiny import (
+    ALONE,
+    average_weights,
+    memory,
+    ragged_batch,
+    tiny_engine,
+    train_step,
+)
 from tetrad.parallel import checkpoint, optimizer
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build, shift_scores
@@ -97,7 +104,7 @@ def test_bf16_resumes_from_its_fp32_weights(tmp_path) -> None:
 
 def addresses(folder):
     engine = tiny_engine("language", Layout(), precision="bf16", ema_decay=0.8)
-    tensors = [*engine.cores[0].parameters(), *engine.optimizer.memory()["optimizer"]]
+    tensors = [*engine.cores[0].parameters(), *memory(engine.optimizer)["optimizer"]]
     for state in engine.optimizer.adam.optimizer.state.values():
         tensors += [state["exp_avg"], state["exp_avg_sq"]]
     before = [t.data_ptr() for t in tensors]
@@ -298,3 +305,25 @@ def test_what_is_not_there_is_named(tmp_path) -> None:
     assert checkpoint.find(str(found), "language") == found
     with pytest.raises(ValueError, match="no model with a scalar head"):
         checkpoint.find(str(tmp_path), "scalar")
+
+
+def nowhere(folder):
+    with pytest.raises(OSError, match="Not a directory"):
+        checkpoint.save(folder, 1, {"policy": tiny_engine("language")}, {})
+
+
+def test_a_folder_that_cannot_be_made_is_told_on_all_ranks(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    run_world(2, nowhere, tmp_path / "file" / "checkpoints")
+
+
+def test_a_newest_checkpoint_that_is_gone_is_named(tmp_path) -> None:
+    (tmp_path / "latest").write_text('"step_000003"')
+    with pytest.raises(ValueError, match="latest names step_000003, which is gone"):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_model_of_another_version_is_refused(tmp_path) -> None:
+    (tmp_path / "model.json").write_text('{"architecture": {"moe": 1}}')
+    with pytest.raises(ValueError, match="model.json: .*unexpected keyword argument 'moe'"):
+        checkpoint.read_model(tmp_path)

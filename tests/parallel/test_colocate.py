@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.forked_world import run_world
-from tests.parallel.tiny import SHAPE, ragged_batch
+from tests.parallel.tiny import SHAPE, memory, ragged_batch
 from tetrad.parallel import checkpoint
 from tetrad.parallel.colocate import colocate, held
 from tetrad.parallel.engine import Engine
@@ -140,7 +140,7 @@ def addresses(roles) -> list[int]:
         engine.bring(with_optimizer=engine.optimizer is not None)
         found += [p.data_ptr() for core in engine.cores for p in core.parameters()]
         if engine.optimizer:
-            found += [x.data_ptr() for held in engine.optimizer.memory().values() for x in held]
+            found += [x.data_ptr() for held in memory(engine.optimizer).values() for x in held]
     return found
 
 

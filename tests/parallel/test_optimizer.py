@@ -10,6 +10,7 @@ from tests.parallel.tiny import (
     ALONE,
     LAYOUTS,
     average_weights,
+    memory,
     ragged_batch,
     tiny_engine,
     train_step,
@@ -154,16 +155,16 @@ def test_overlap_changes_nothing(world, layout, budget, precision) -> None:
 
 def held(precision, ema_decay):
     engine = tiny_engine("language", Layout(), precision=precision, ema_decay=ema_decay)
-    memory = engine.optimizer.memory()
-    before = {k: [t.data_ptr() for t in ts] for k, ts in memory.items()}
+    flat = memory(engine.optimizer)
+    before = {k: [t.data_ptr() for t in ts] for k, ts in flat.items()}
     weights = list(engine.cores[0].parameters())
     states = engine.optimizer.adam.optimizer.state
     train_step(engine, ragged_batch())
-    after = engine.optimizer.memory()
+    after = memory(engine.optimizer)
     assert before == {k: [t.data_ptr() for t in ts] for k, ts in after.items()}
 
     def inside(tensor, kind):
-        begins = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in memory[kind]]
+        begins = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in flat[kind]]
         return any(a <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= b
                    for a, b in begins)  # fmt: skip
 
@@ -171,7 +172,7 @@ def held(precision, ema_decay):
     for main, state in states.items():
         assert inside(main, "optimizer" if precision == "bf16" else "parameters")
         assert inside(state["exp_avg"], "optimizer") and inside(state["exp_avg_sq"], "optimizer")
-    return {k: sum(t.nbytes for t in ts) for k, ts in memory.items()}, sum(
+    return {k: sum(t.nbytes for t in ts) for k, ts in flat.items()}, sum(
         -(-w.numel() // 64) * 64 for w in weights
     )
 

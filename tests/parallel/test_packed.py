@@ -39,3 +39,8 @@ def test_micro_batches_are_few_and_alike() -> None:
     batch = pack([[0]] * 8, [[1] * (n - 1) for n in (9, 9, 8, 8, 3, 3, 2, 2)])
     (pieces,) = batch.share(1, 22)
     assert [int(batch.lengths[p].sum()) for p in pieces] == [22, 22]
+
+
+def test_a_sequence_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequence 1 has no tokens"):
+        pack([[1], []], [[2], []])

@@ -12,18 +12,17 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from tests.forked_world import run_world
-from tests.parallel.tiny import SHAPE
+from tests.parallel.tiny import SHAPE, memory
 from tetrad.parallel.packed import pack
 from tetrad.parallel.plan import (
-    ALIGNED,
     LOSS_ROWS,
-    Layer,
     Role,
     Run,
     Work,
     buffer_size,
     elements,
     in_flight,
+    layer_of,
     state,
 )
 from tetrad.parallel.settings import FAMILIES, PRESETS, Architecture, Layout, Schedule
@@ -91,7 +90,7 @@ def measured_states(layout):
         optimizer = Optimizer(
             chunks, topology, Schedule(), 10, precision, overlap=overlap, ema_decay=0.9
         )
-        held = {k: sum(x.nbytes for x in v) for k, v in optimizer.memory().items()}
+        held = {k: sum(x.nbytes for x in v) for k, v in memory(optimizer).items()}
         optimizer.sync()
         trained = replace(role, trained=True, ema=True, overlap=overlap)
         planned = state(trained, world, rank)
@@ -202,7 +201,7 @@ def test_activations_of_a_layer(layout, error) -> None:
     ):
         a = role.architecture
         copy = a.num_heads * a.channels // layout.tp * (4 if role.precision == "fp32" else 2)
-        assert Layer.of(role).saved == pytest.approx(measured - copy, rel=error), role
+        assert layer_of(role).saved == pytest.approx(measured - copy, rel=error), role
 
 
 def kept_by_a_step(layout, recompute, microbatches):
@@ -338,17 +337,16 @@ def test_key_value_cache_by_hand() -> None:
 def test_a_plan_needs_neither_torch_nor_megatron() -> None:
     code = """if True:
         import sys
-        import tetrad.parallel.plan, tetrad.parallel.estimate, tetrad.trainer.planning
+        import tetrad.parallel.plan, tetrad.parallel.estimate, tetrad.trainer.plan
         assert not {"torch", "megatron", "transformers"} & {*sys.modules}
     """
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_constants_are_those_of_the_code() -> None:
+def test_the_rows_of_the_loss_are_those_of_its_kernel() -> None:
     from tetrad.kernels.linear_loss import ROWS
-    from tetrad.parallel.colocate import ALIGNMENT
 
-    assert (LOSS_ROWS, ALIGNED) == (ROWS, ALIGNMENT)
+    assert LOSS_ROWS == ROWS
 
 
 def test_colocation_allocates_what_was_planned() -> None:

@@ -67,6 +67,15 @@ def train_step(engine: Engine, batch: Batch) -> dict[str, float]:
     return stats | engine.step()
 
 
+def memory(optimizer: Optimizer) -> dict[str, list[torch.Tensor]]:
+    """The flat tensors that hold this rank's weights, gradients and optimizer state."""
+    return {
+        "parameters": [buffer.param_data for buffer in optimizer.buffers],
+        "gradients": [buffer.grad_data for buffer in optimizer.buffers],
+        "optimizer": list(optimizer.flat.values()),
+    }
+
+
 @contextmanager
 def average_weights(engine: Engine):
     """Within, the model has the moving average of its weights."""

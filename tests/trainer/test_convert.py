@@ -94,15 +94,17 @@ def test_a_fresh_model_of_bytes_is_exported_too(tmp_path) -> None:
 
 
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(source, tmp_path) -> None:
-    out = tmp_path / "in"
+    out, before = tmp_path / "in", {*tmp_path.iterdir()}
 
     def said(*arguments) -> str:
         line = tetrad(*arguments)
-        assert len(line.splitlines()) == 1 and not out.exists(), line
+        assert len(line.splitlines()) == 1 and {*tmp_path.iterdir()} == before, line
         return line
 
     assert f"{tmp_path} exists" in said("import", source, f"out={tmp_path}")
-    assert "no checkpoint in" in said("export", source, f"out={out}")
+    refused = said("export", source, f"out={out}")
+    assert f"no checkpoint in {source}: a model of Hugging Face; `tetrad import` it" in refused
+    assert "shard_size is 0" in said("export", source, f"out={out}", "shard_size=0")
     assert said("import", f"out={out}").endswith("missing source; give source=…")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (source / name).unlink()
@@ -117,7 +119,7 @@ def test_a_tokenizer_must_fit_the_model(source, tmp_path) -> None:
     weights.resize_token_embeddings(256)
     weights.save_pretrained(source)
     said = tetrad("import", source, f"out={tmp_path}/in")
-    assert said.endswith("the tokenizer has 259 tokens, the model only 256")
+    assert said.endswith(f"tokenizer {source} has 259 tokens, {source} only 256")
 
 
 def parsed(*arguments: str) -> Architecture:

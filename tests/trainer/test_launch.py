@@ -35,7 +35,7 @@ def test_two_nodes_of_slurm_train_as_one_process_does(tmp_path) -> None:
     arguments += ["epochs=0.1"]
     env = os.environ | {
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "1",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_PER_NODE": "h100:1",
         "SLURM_JOB_ID": "7", "PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     out = tmp_path / "two"

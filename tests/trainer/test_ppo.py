@@ -54,10 +54,10 @@ class Told:
 
         return self._keep(loss, self._spread(batch).requires_grad_(), batch)
 
-    def accumulate_cross_entropy(self, batch, *, denominator, weight):
+    def accumulate_cross_entropy(self, batch, *, denominator, coef):
         x = torch.full((len(batch.tokens),), -1.0, requires_grad=True)
         counted = batch.response_mask
-        return self._keep(lambda x, _: (-weight * x[counted].sum() / denominator, {}), x, batch)
+        return self._keep(lambda x, _: (-coef * x[counted].sum() / denominator, {}), x, batch)
 
     def _keep(self, loss, x, batch) -> dict:
         value, stats = loss(x, batch)
@@ -74,7 +74,7 @@ def iterate(monkeypatch_text):
     samples = Samples([[7, 8], [9]], [OLD[:2], OLD[2:]], [True, False])
     rollout.generate = lambda *args, **kwargs: samples
     ppo.minibatches = lambda batch, cfg, i: [(0, batch)]
-    roles = ppo.Roles(Told(OLD), Told(REF), Told(VALUES), Told(scores=SCORES))
+    roles = ppo.Roles(Told(OLD), Told(REF), Told(scores=SCORES), Told(VALUES))
     cfg = config.PPO(
         out="", reward="", batch_size=2, minibatch_size=2, kl_coef=0.1, gamma=1.0, lam=0.5,
         no_eos_score=-3.0, ptx_coef=2.0, sampling=config.Sampling(temperature=0.7),

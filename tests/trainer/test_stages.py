@@ -32,6 +32,9 @@ def runs(tmp_path_factory):
     run("sft", *arguments("sft", folder, folder / "sft"))
     run("rm", *arguments("rm", folder, folder / "rm"))
     run("ppo", *arguments("ppo", folder, folder / "ppo"))
+    shutil.copytree(folder / "rm", folder / "short")
+    for model in folder.glob("short/checkpoints/step_*/reward/model.json"):
+        model.write_text(model.read_text().replace('"max_length": 128', '"max_length": 24'))
     return folder
 
 
@@ -80,7 +83,7 @@ def test_twenty_steps_are_the_same_in_every_layout(command, ranks, tp, pp, runs,
 
 # at full speed from the first step: weights move by about 1e-3
 ONE = ["steps=1", "schedule.warmup_steps=0", "critic_schedule.warmup_steps=0"]
-SWAPPED = ["parallel.colocate=swap", "save_in_background=true", "parallel.overlap=true"]
+SWAPPED = ["colocate=swap", "save_in_background=true", "parallel.overlap=true"]
 SIZES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 2, 2)]
 
 
@@ -217,6 +220,8 @@ def test_demonstrations_score_zero_on_average(runs) -> None:
         ("ppo", "sampling.max_new=128", "sampling.max_new + 1 129 exceeds"),
         ("ppo", "sampling.temperature=0", "sampling.temperature is 0"),
         ("ppo", "minibatch_size=3", "minibatch_size 3 does not divide batch_size 8"),
+        ("ppo", "reward={runs}/short", "reads 24 tokens at most; max_prompt + sampling.max_new"),
+        ("sft", "model.init={runs}/sft", "model.num_layers is given beside model.init"),
         ("pretrain", "length=500", "length 500 exceeds the model's max_length 128"),
         ("sft", "data.path=null", "the path of the demonstrations is missing"),
     ],
