@@ -330,7 +330,7 @@ class Run:
         cache = places * e * a.kv_heads * role.layers() * layout.vpp
         # all prompts at once through a layer; a row that ends moves the others, layer by layer
         prefill = rows * w.prompt * layer_of(role, split=False).forward
-        step = places * (4 * a.num_heads if a.kv_heads < a.num_heads else e * a.kv_heads)
+        step = places * e * a.kv_heads
         draw = 0
         if stage == layout.pp - 1:  # fp32 logits, gathered; fp64: logits, their softmax, its sums
             vocabulary = a.padded_vocab(tp)

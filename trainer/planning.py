@@ -41,6 +41,14 @@ def run_of(cfg: config.PPO, shapes: Mapping[str, Architecture], world: int) -> R
     Raises ValueError when sizes contradict each other, or a layout does not divide the model or the
     processes."""
     p, known = cfg.parallel, layouts(cfg)
+    prompt = longest_prompt(cfg, shapes["policy"].max_length)
+    longest = prompt + cfg.sampling.max_new
+    for name, shape in shapes.items():
+        if shape.max_length < longest:
+            raise ValueError(
+                f"{name} reads {shape.max_length} tokens at most; prompt and response have up to "
+                f"{longest}"
+            )
 
     def role(name: str, head: str, trained: bool = False) -> Role:
         section = "parallel" if head == "language" else "critic_parallel"
@@ -57,7 +65,7 @@ def run_of(cfg: config.PPO, shapes: Mapping[str, Architecture], world: int) -> R
         episodes=cfg.batch_size,
         minibatch=cfg.minibatch_size,
         epochs=cfg.ppo_epochs,
-        prompt=longest_prompt(cfg, shapes["policy"].max_length),
+        prompt=prompt,
         response=cfg.sampling.max_new,
         microbatch_tokens=p.microbatch_tokens,
         rows_at_once=cfg.sampling.rows_at_once,

@@ -26,7 +26,7 @@ from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
 from tetrad.trainer.loop import Source, batches, build_role, source_of, start, train
 from tetrad.trainer.metrics import read_metrics, write_summary
-from tetrad.trainer.planning import choose, forecast, run_of
+from tetrad.trainer.planning import choose, forecast, longest_prompt, run_of
 from tetrad.trainer.rollout import Episodes, rollout
 
 Text = Callable[[int], Batch]  # optimizer step -> pretraining sequences
@@ -159,16 +159,11 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
     topology = start(cfg)
     if cfg.model.init is None:
         raise ValueError("model.init is missing: the policy that PPO starts from (an SFT run)")
-    if cfg.batch_size % cfg.minibatch_size:
-        raise ValueError(
-            f"minibatch_size {cfg.minibatch_size} does not divide batch_size {cfg.batch_size}"
-        )
     if cfg.sampling.temperature == 0:
         raise ValueError("sampling.temperature is 0; PPO needs samples of the policy")
     source = source_of(cfg.model)
-    room = source.fits(cfg.sampling.max_new + 1, "sampling.max_new + 1")
+    length = longest_prompt(cfg, source.max_length)
     rows = read("prompts", **vars(cfg.prompts))
-    length = min(cfg.max_prompt, source.max_length + 1 - room)
     prompts = tokenize_prompts(rows, source.tokenizer, length)
     _, chosen = batches(len(prompts), cfg.batch_size, math.inf, cfg.seed)
     text = _pretraining_text(cfg, source) if cfg.ptx_coef else None
@@ -212,13 +207,6 @@ def build_roles(
         name: checkpoint.read_model(checkpoint.find(init, head))[0]
         for name, (head, init) in inits.items()
     }
-    longest = min(cfg.max_prompt + cfg.sampling.max_new, shapes["policy"].max_length)
-    for name, shape in shapes.items():
-        if shape.max_length < longest:
-            raise ValueError(
-                f"{name} {inits[name][1]} reads {shape.max_length} tokens at most; max_prompt + "
-                f"sampling.max_new is up to {longest}"
-            )
     run, rank = run_of(cfg, shapes, dist.get_world_size()), dist.get_rank()
     swap = choose(cfg, run, device.total_memory())
     logging.getLogger("tetrad").info(forecast(run, rank, swap))
@@ -249,8 +237,7 @@ def build_roles(
 
 
 def _pretraining_text(cfg: config.PPO, source: Source) -> Text:
-    length = source.fits(cfg.ptx_length, "ptx_length")
-    blocks = tokenize_text(read("text", **vars(cfg.text)), source.tokenizer, length)
+    blocks = tokenize_text(read("text", **vars(cfg.text)), source.tokenizer, cfg.ptx_length)
     size = max(1, round(cfg.ptx_ratio * cfg.minibatch_size))
     _, chosen = batches(len(blocks), size, math.inf, cfg.seed)
     return lambda k: pack_text([blocks[j] for j in chosen(k)])

@@ -66,7 +66,7 @@ def test_what_would_fit_fits_as_it_is_printed(start, more) -> None:
     said = refusal(cfg, run, GPUS[cfg.gpu].memory)
     assert re.search(r"rank \d+ needs [\d.]+ GiB in \w+ .* [\d.]+ GiB available", said)
     settings = said.partition("It would fit with ")[2]
-    assert settings.startswith(more)
+    assert settings == more
     cfg, run = run_of(*arguments, *settings.split())
     planning.choose(cfg, run, GPUS[cfg.gpu].memory)
 

@@ -220,7 +220,7 @@ def test_demonstrations_score_zero_on_average(runs) -> None:
         ("ppo", "sampling.max_new=128", "sampling.max_new + 1 129 exceeds"),
         ("ppo", "sampling.temperature=0", "sampling.temperature is 0"),
         ("ppo", "minibatch_size=3", "minibatch_size 3 does not divide batch_size 8"),
-        ("ppo", "reward={runs}/short", "reads 24 tokens at most; max_prompt + sampling.max_new"),
+        ("ppo", "reward={runs}/short", "reward reads 24 tokens at most; prompt and response have"),
         ("sft", "model.init={runs}/sft", "model.num_layers is given beside model.init"),
         ("pretrain", "length=500", "length 500 exceeds the model's max_length 128"),
         ("sft", "data.path=null", "the path of the demonstrations is missing"),
