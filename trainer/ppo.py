@@ -3,7 +3,6 @@
 `iteration` is the whole algorithm; everything else here prepares or repeats it.
 """
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from tetrad.parallel.packed import Batch, pack_text
 from tetrad.parallel.topology import Topology, arrange, generator
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
-from tetrad.trainer.loop import Source, batches, build_role, source_of, start, train
+from tetrad.trainer.loop import Source, batches, build_role, log, source_of, start, train
 from tetrad.trainer.metrics import read_metrics, write_summary
 from tetrad.trainer.planning import choose, forecast, longest_prompt, run_of
 from tetrad.trainer.rollout import Episodes, rollout
@@ -72,24 +71,24 @@ def iteration(
     }  # fmt: skip
 
     # 4. Learn: the PPO and the pretraining gradient in one buffer, then policy and critic step.
-    log = Log()
+    seen = Log()
     for k, minibatch in minibatches(batch, cfg, i):
         stats = roles.policy.accumulate_policy_loss(
             minibatch, denominator=minibatch.counted, clip_range=cfg.clip_range,
             temperature=temperature, more=text is not None,
         )  # fmt: skip
-        log.add("policy", stats)
+        seen.add("policy", stats)
         if text is not None:
             pretraining = text(k)
             stats = roles.policy.accumulate_cross_entropy(
                 pretraining, denominator=pretraining.counted, coef=cfg.ptx_coef
             )
-            log.add("ptx", stats)
-        log.add("policy", roles.policy.step())
+            seen.add("ptx", stats)
+        seen.add("policy", roles.policy.step())
         loss = clipped_value_loss(minibatch, cfg.value_clip_range)
-        log.add("critic", roles.critic.accumulate_values(minibatch, loss))
-        log.add("critic", roles.critic.step())
-    return log.means() | described(episodes, scores, judged)
+        seen.add("critic", roles.critic.accumulate_values(minibatch, loss))
+        seen.add("critic", roles.critic.step())
+    return seen.means() | described(episodes, scores, judged)
 
 
 def clipped_value_loss(minibatch: Batch, clip_range: float) -> Loss:
@@ -180,6 +179,8 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
         name="ppo-ptx" if text else "ppo", tokenizer=source.tokenizer_name,
         examples=len(prompts), shown=("score", "kl", "reward", "policy/clip_fraction"),
     )  # fmt: skip
+    predicted, measured = (x * GIB / 2**20 for x in memory_used().values())
+    log.info(f"memory: {predicted:.1f} MiB predicted, {measured:.1f} MiB measured on this rank")
     last = read_metrics(Path(cfg.out))[-1]
     summary: dict[str, float] = {
         "complete": complete,
@@ -209,7 +210,7 @@ def build_roles(
     }
     run, rank = run_of(cfg, shapes, dist.get_world_size()), dist.get_rank()
     swap = choose(cfg, run, device.total_memory())
-    logging.getLogger("tetrad").info(forecast(run, rank, swap))
+    log.info(forecast(run, rank, swap))
     memory = colocate(run.needs(rank), swap)
     layout = cfg.critic_parallel.layout(cfg.parallel)
     beside = topology if layout == topology.layout else arrange(layout)
