@@ -11,7 +11,7 @@ while this one computes. Nothing is allocated after the roles are built.
                 (so that the next one finds its slot free), and one for optimizer state
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tetrad.parallel import device
+from tetrad.parallel.plan import slots
 from tetrad.parallel.settings import ALIGNMENT
 
 
@@ -107,24 +108,17 @@ def colocate(needs: Mapping[str, Mapping[str, int]], swap: bool) -> dict[str, Me
     """Memory for roles, given in the order in which they are read, that need so many bytes of
     "parameters", "gradients" and "optimizer" on this rank."""
     stream = torch.cuda.Stream() if torch.cuda.is_available() else None
-
-    def slots(kind: str, groups: Iterable[list[str]]) -> dict[str, Slot]:
-        found: dict[str, Slot] = {}
-        for roles in groups:
-            slot = Slot(max((needs[r][kind] for r in roles), default=0), stream)
-            found |= dict.fromkeys(roles, slot)
-        return found
-
     roles = list(needs)
-    apart, together = [[r] for r in roles], [roles]
-    weights = slots("parameters", [roles[::2], roles[1::2]] if swap else apart)
-    gradients = slots("gradients", together)
-    optimizer = slots("optimizer", together if swap else apart)
+    found: dict[tuple[str, str], Slot] = {}  # by role and kind
+    for kind, groups in slots(roles, swap).items():
+        for group in groups:
+            slot = Slot(max((needs[r][kind] for r in group), default=0), stream)
+            found |= dict.fromkeys(((r, kind) for r in group), slot)
     memories = {
         r: Memory(
-            Tenant(weights[r], needs[r]["parameters"], swap),
-            Tenant(gradients[r], needs[r]["gradients"], False),
-            Tenant(optimizer[r], needs[r]["optimizer"], swap),
+            Tenant(found[r, "parameters"], needs[r]["parameters"], swap),
+            Tenant(found[r, "gradients"], needs[r]["gradients"], False),
+            Tenant(found[r, "optimizer"], needs[r]["optimizer"], swap),
         )
         for r in roles
     }

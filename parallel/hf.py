@@ -255,7 +255,6 @@ def _explicit(a: Architecture) -> Architecture:
         num_kv_heads=a.kv_heads,
         head_dim=a.channels,
         ffn_hidden_size=a.ffn,
-        rope_scaling=None if a.rope_scaling is None else tuple(a.rope_scaling),
         windows=windows if any(windows) else (),
     )
 

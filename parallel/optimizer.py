@@ -121,10 +121,8 @@ class Optimizer:
             buffer.param_data = weights.copy_(buffer.param_data)
             buffer.grad_data = memory.gradients.allocate(buffer.numel, buffer.grad_dtype)
             for bucket, (start, end) in zip(buffer.buckets, buffer.bucket_indices):
-                bucket.param_data, bucket.grad_data = (
-                    weights[start:end],
-                    buffer.grad_data[start:end],
-                )
+                bucket.param_data = weights[start:end]
+                bucket.grad_data = buffer.grad_data[start:end]
             for weight, (start, end, _) in buffer.param_index_map.items():
                 weight.data = weights[start:end].view(weight.shape)
                 weight.main_grad = buffer.grad_data[start:end].view(weight.shape)

@@ -214,6 +214,17 @@ class Moment:
         return sum(self.needs.values())
 
 
+def slots(names: list[str], swap: bool) -> dict[str, list[list[str]]]:
+    """By kind of memory, the groups of roles that take turns with one slot, given the roles in the
+    order in which they are read."""
+    apart, together = [[name] for name in names], [names]
+    return {
+        "parameters": [names[::2], names[1::2]] if swap else apart,
+        "gradients": together,
+        "optimizer": together if swap else apart,
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """Four roles, their work, and the processes that do it."""
@@ -250,10 +261,9 @@ class Run:
             states = self.states(rank).items()
             held = {name: {k: x[k] for k in kinds if k in x} for name, x in states}
             return held | {trained: held.get(trained, {}) | arena}
-        names = list(needs)
         held = {
             " | ".join(slot): {"parameters": max(needs[name]["parameters"] for name in slot)}
-            for slot in (names[::2], names[1::2])
+            for slot in slots(list(needs), swap)["parameters"]
         }
         optimizer = {"optimizer": max(x["optimizer"] for x in needs.values())}
         return held | {trained: arena | optimizer}
@@ -289,25 +299,20 @@ class Run:
         """Each role as it is built, the trained ones first: beside its place there are the module's
         weights and the buffers that Megatron makes, but what is built later is not there yet."""
         needs, always, names = self.needs(rank), self.always(rank, swap), list(self.roles)
-        apart, together = [[name] for name in names], [names]
-        groups = {  # of roles that share a slot
-            "parameters": [names[::2], names[1::2]] if swap else apart,
-            "gradients": together,
-            "optimizer": together if swap else apart,
-        }
+        groups = slots(names, swap)
 
-        def slots(kind: str, built: list[str]) -> int:
+        def used(kind: str, built: list[str]) -> int:
             """Bytes of the slots, each as large as it will be, that some of these roles have."""
-            used = (group for group in groups[kind] if not {*group}.isdisjoint(built))
-            return sum(max(needs[name][kind] for name in group) for group in used)
+            made = (group for group in groups[kind] if not {*group}.isdisjoint(built))
+            return sum(max(needs[name][kind] for name in group) for group in made)
 
         order = sorted(names, key=lambda name: not self.roles[name].trained)
         for i, name in enumerate(order):
             before, now = order[:i], order[: i + 1]
             copies = 2 if self.roles[name].trained else 1  # the module's; Megatron's buffer
-            weights = slots("parameters", now) + copies * needs[name]["parameters"]
-            gradients = slots("gradients", now) + needs[name]["gradients"]
-            optimizer = slots("optimizer", before)
+            weights = used("parameters", now) + copies * needs[name]["parameters"]
+            gradients = used("gradients", now) + needs[name]["gradients"]
+            optimizer = used("optimizer", before)
             workspace = max(0, weights + gradients + optimizer - always)
             yield Moment("start", name, {"workspaces": workspace})
 

@@ -212,7 +212,7 @@ def build_roles(
     swap = choose(cfg, run, device.total_memory())
     log.info(forecast(run, rank, swap))
     memory = colocate(run.needs(rank), swap)
-    layout = cfg.critic_parallel.layout(cfg.parallel)
+    layout = run.roles["critic"].layout
     beside = topology if layout == topology.layout else arrange(layout)
 
     def role(name: str, **training) -> Engine:
