@@ -1,44 +1,47 @@
-"""python -m bench.bench_logprob: token log-probabilities, forward, and forward with backward."""
+"""python -m bench.bench_logprob: token log-probabilities from logits, with and without entropy."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, main
 from tetrad.kernels import reference
 from tetrad.kernels.logprob import token_logprobs
 
-CUDA = torch.cuda.is_available()
-PROVIDERS = {"ours": token_logprobs, "torch": reference.token_logprobs}
-if CUDA:
-    PROVIDERS["torch.compile"] = torch.compile(reference.token_logprobs)
-SHAPES = [(8192, 32000), (8192, 50257), (8192, 128256), (32768, 128256)] if CUDA else [(16, 1000)]
+SHAPES = [  # N tokens, V columns; the first few are what the README shows
+    (N, V)
+    for N in (8192, 1024, 32768)
+    for V in (128256, 32000, 50257, 151936)
+]  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    for N, V in SHAPES:
-        logits = torch.randn(N, V, device=device, dtype=dtype, requires_grad=True)
-        tokens = torch.randint(V, (N,), device=device)
-        read = logits.numel() * logits.element_size()
-        for provider, logprobs_of in PROVIDERS.items():
-            if provider != "ours" and N * V > 2**31:
-                continue  # fp32 copies of these logits take more memory than there is
-            for entropy in False, True:
+def draw(N: int, V: int, dtype: torch.dtype):
+    logits = (3 * torch.randn(N, V, device=DEVICE, dtype=dtype)).requires_grad_()
+    return logits, torch.randint(V, (N,), device=DEVICE)
 
-                def forward(f=logprobs_of, x=logits, y=tokens, entropy=entropy):
-                    outputs = f(x, y, entropy=entropy)
-                    return outputs if entropy else (outputs,)
 
-                def forward_backward(forward=forward, x=logits) -> None:
-                    x.grad = None
-                    outputs = forward()
-                    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-
-                name = f"N={N} V={V} {dtype}" + " entropy" * entropy
-                yield Case(f"{name} forward", provider, torch.no_grad()(forward), read)
-                yield Case(f"{name} both", provider, forward_backward, 3 * read)
+def cases(tiny: bool) -> Iterator[Case]:
+    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
+    for N, V in [(16, 1000)] if tiny else SHAPES:
+        for entropy in False, True:
+            name = "token_logprobs" + "_entropy" * entropy
+            providers = {
+                "ours": partial(token_logprobs, entropy=entropy),
+                **baselines(getattr(plain, name), tiny),
+                **peers.providers(name),
+            }
+            truth = partial(reference.token_logprobs, entropy=entropy)
+            for backward in False, True:
+                yield Case(
+                    f"N={N} V={V} {'fp32' if tiny else 'bf16'}" + " entropy" * entropy
+                    + (" forward" if not backward else " forward + backward"),
+                    partial(draw, N, V, dtype), providers, truth,
+                    bytes=(3 if backward else 1) * N * V * size,
+                    backward=backward, by_row=True, dtype=dtype,
+                )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("logprob", cases())
+    main("logprob", cases)

@@ -1,0 +1,3 @@
+PACKAGES: dict[str,str] = {}
+def absent(): return {}
+def providers(op): return {}
