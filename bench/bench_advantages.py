@@ -1,45 +1,106 @@
 """python -m bench.bench_advantages: GAE, whitening, and all from log-probs to advantages."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, main
 from tetrad.kernels import advantages, reference
 
-CUDA = torch.cuda.is_available()
-PROVIDERS = {"ours": advantages, "torch": reference}
-SHAPES = [(64, 1024), (512, 1024), (512, 4096), (8, 32768)] if CUDA else [(4, 64)]
+SHAPES = [(512, 4096), (512, 1024), (8192, 2048)]  # B, T
 
 
-def cases() -> Iterator[Case]:
-    device = "cuda" if CUDA else "cpu"
-    for B, T in SHAPES:
-        logprobs, ref, values = -torch.rand(3, B, T, device=device)
-        scores = torch.randn(B, device=device)
-        mask = torch.arange(T, device=device) < torch.randint(1, T + 1, (B, 1), device=device)
-        flat = [x[mask] for x in (logprobs, ref, values, mask)]
-        bounds = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).int()
-        for provider, ops in PROVIDERS.items():
+def whitened(ops):
+    """GAE, and its advantages whitened: what verl does in one function."""
 
-            def gae(ops=ops, r=logprobs, v=values, mask=mask) -> None:
-                ops.gae(r, v, mask)
+    def gae_whitened(rewards, values, mask):
+        advantages, returns = ops.gae(rewards, values, mask)
+        return ops.whiten(advantages, mask), returns
 
-            def whiten(ops=ops, x=values, mask=mask) -> None:
-                ops.whiten(x, mask)
+    return gae_whitened
 
-            def padded(ops=ops, inputs=(scores, logprobs, ref, values, mask)) -> None:
-                ops.ppo_advantages(*inputs, kl_coef=0.02)
 
-            def packed(ops=ops, inputs=(scores, *flat), bounds=bounds) -> None:
-                ops.ppo_advantages(*inputs, kl_coef=0.02, cu_seqlens=bounds)
+def ppo(ops, **options):
+    """Advantages and returns."""
+    return lambda *inputs: ops.ppo_advantages(*inputs, kl_coef=0.02, **options)[1:3]
 
-            name = f"B={B} T={T}"
-            yield Case(f"{name} gae", provider, gae, 17 * B * T)
-            yield Case(f"{name} whiten", provider, whiten, 9 * B * T)
-            yield Case(f"{name} ppo_advantages", provider, padded, 29 * B * T)
-            yield Case(f"{name} ppo_advantages packed", provider, packed, 29 * len(flat[0]))
+
+def packed_gae(ops):
+    return lambda rewards, values, mask, bounds: ops.gae(rewards, values, mask, cu_seqlens=bounds)
+
+
+def packed_ppo(ops):
+    return lambda *inputs: ppo(ops, cu_seqlens=inputs[-1])(*inputs[:-1])
+
+
+def draw_gae(*shape: int):
+    rewards, values = torch.randn(2, *shape, device=DEVICE)
+    return rewards, values, torch.ones(shape, dtype=torch.bool, device=DEVICE)
+
+
+def draw_ppo(B: int, *shape: int):
+    scores = torch.randn(B, device=DEVICE)
+    logprobs, values, mask = draw_gae(*shape)
+    return scores, logprobs, logprobs + 0.1 * torch.randn_like(logprobs), values, mask
+
+
+def bounds(B: int, T: int) -> torch.Tensor:
+    """Of B sequences of 1 to T tokens."""
+    lengths = torch.linspace(1, T, B).round().int()[torch.randperm(B)]
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(DEVICE)
+
+
+def draw_packed_gae(B: int, T: int):
+    ends = bounds(B, T)
+    return *draw_gae(int(ends[-1])), ends
+
+
+def draw_packed_ppo(B: int, T: int):
+    ends = bounds(B, T)
+    return *draw_ppo(B, int(ends[-1])), ends
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    """Bytes: every token once, fp32, and its mask; every token counts, so none is skipped."""
+
+    def providers(name: str, ours) -> dict:
+        looped = {"python loop": getattr(plain, name)} if name != "whiten" else {}
+        return {"ours": ours, **looped, **peers.providers(name)}
+
+    for B, T in [(4, 64)] if tiny else SHAPES:
+        shape = f"B={B} T={T} fp32"
+        packed = f"B={B} T<={T} fp32 packed"
+        n, n_packed = B * T, int(torch.linspace(1, T, B).round().sum())
+        yield Case(
+            f"ppo_advantages {shape}", partial(draw_ppo, B, B, T),
+            providers("ppo_advantages", ppo(advantages)), ppo(reference), bytes=29 * n,
+        )  # fmt: skip
+        yield Case(
+            f"ppo_advantages {packed}", partial(draw_packed_ppo, B, T),
+            {"ours": packed_ppo(advantages), "python loop": packed_ppo(reference)},
+            packed_ppo(reference), bytes=29 * n_packed,
+        )  # fmt: skip
+        yield Case(
+            f"gae {shape}", partial(draw_gae, B, T), providers("gae", advantages.gae),
+            reference.gae, bytes=17 * n,
+        )  # fmt: skip
+        yield Case(
+            f"gae {packed}", partial(draw_packed_gae, B, T),
+            {"ours": packed_gae(advantages), "python loop": packed_gae(reference)},
+            packed_gae(reference), bytes=17 * n_packed,
+        )  # fmt: skip
+        yield Case(
+            f"gae, whitened {shape}", partial(draw_gae, B, T),
+            providers("gae_whitened", whitened(advantages)), whitened(reference), bytes=17 * n,
+        )  # fmt: skip
+        yield Case(
+            f"whiten {shape}", lambda B=B, T=T: draw_gae(B, T)[1:],
+            {"ours": advantages.whiten, **baselines(plain.whiten, tiny)},
+            reference.whiten, bytes=9 * n,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("advantages", cases())
+    main("advantages", cases)

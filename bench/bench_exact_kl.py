@@ -1,44 +1,65 @@
 """python -m bench.bench_exact_kl: the KL of two softmaxes, from logits and from hidden states."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import bench_linear_logprob as logprob
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, chunked, main
 from tetrad.kernels import reference
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 
-CUDA = torch.cuda.is_available()
-SHAPES = [(8192, 32000, 2048), (8192, 128256, 4096)] if CUDA else [(16, 1000, 32)]  # N, V, d
+SHAPES = [(8192, 128256, 4096), (8192, 32000, 2048)]  # N, V, d
 
 
-def cases() -> Iterator[Case]:
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    for N, V, d in SHAPES:
-        logits = torch.randn(N, V, device=device, dtype=dtype, requires_grad=True)
-        ref_logits = torch.randn(N, V, device=device, dtype=dtype)
-        hidden = torch.randn(N, d, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(V, d, device=device) / d**0.5).to(dtype).requires_grad_()
-        ref = (torch.randn_like(hidden).detach(), torch.randn_like(weight).detach() / d**0.5)
-        calls = [
-            ("logits", "ours", exact_kl, (logits, ref_logits)),
-            ("logits", "torch", reference.exact_kl, (logits, ref_logits)),
-            ("hidden", "ours", linear_exact_kl, (hidden, weight, *ref)),
-            ("hidden", "torch", reference.linear_exact_kl, (hidden, weight, *ref)),
-        ]
-        for kind, provider, f, x in calls:
+def draw(N: int, V: int, d: int, dtype: torch.dtype):
+    logits = 3 * torch.randn(N, V, device=DEVICE, dtype=dtype)
+    return logits.clone().requires_grad_(), logits + torch.randn_like(logits)
 
-            def both(f=f, x=x) -> None:
-                for leaf in x:
-                    leaf.grad = None
-                f(*x).sum().backward()
 
-            read = sum(y.numel() * y.element_size() for y in x)
-            name = f"{kind} N={N} V={V} d={d} {dtype}"
-            yield Case(f"{name} forward", provider, torch.no_grad()(lambda f=f, x=x: f(*x)), read)
-            moved = 5 * read // 2 if kind == "logits" else 2 * read
-            yield Case(f"{name} both", provider, both, moved)
+def draw_linear(*shape):
+    hidden, weight, _ = logprob.draw(*shape)
+    ref_hidden, ref_weight, _ = logprob.draw(*shape)
+    return hidden, weight, ref_hidden.detach(), ref_weight.detach()
+
+
+def true_linear(hidden, weight, ref_hidden, ref_weight):
+    return chunked(
+        lambda h, r, w, v: reference.linear_exact_kl(h, w, r, v),
+        (hidden, ref_hidden), (weight, ref_weight),
+    )  # fmt: skip
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
+    from_logits = {
+        "ours": exact_kl, **baselines(plain.exact_kl, tiny), **peers.providers("exact_kl")
+    }  # fmt: skip
+    from_hidden = {
+        "ours": linear_exact_kl,
+        **baselines(plain.linear_exact_kl, tiny),
+        **peers.providers("linear_exact_kl"),
+    }
+    for backward in False, True:
+        for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
+            shape, precision = (N, V, d, dtype), "fp32" if tiny else "bf16"
+            passes = "forward + backward" if backward else "forward"
+            product = 2 * N * V * d
+            yield Case(
+                f"logits N={N} V={V} {precision} {passes}", partial(draw, *shape), from_logits,
+                reference.exact_kl, bytes=(5 if backward else 2) * N * V * size,
+                backward=backward, by_row=True, dtype=dtype,
+            )  # fmt: skip
+            yield Case(
+                f"hidden N={N} V={V} d={d} {precision} {passes}", partial(draw_linear, *shape),
+                from_hidden, true_linear, bytes=(3 if backward else 2) * (N + V) * d * size,
+                flops=(4 if backward else 2) * product, gemm=(N, V, d),
+                work={"ours": 6 * product} if backward else {},
+                backward=backward, by_row=not backward, dtype=dtype,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("exact_kl", cases())
+    main("exact_kl", cases)

@@ -1,38 +1,38 @@
-"""python -m bench.bench_kl: per-token KL estimates, forward, and forward with backward."""
+"""python -m bench.bench_kl: the per-token KL estimate k3, forward, and forward with backward."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, main
 from tetrad.kernels import reference
 from tetrad.kernels.kl import token_kl
 
-CUDA = torch.cuda.is_available()
-PROVIDERS = {"ours": token_kl, "torch": reference.token_kl}
-if CUDA:
-    PROVIDERS["torch.compile"] = torch.compile(reference.token_kl)
-SIZES = [512 * 1024, 512 * 4096] if CUDA else [4096]
+SIZES = [512 * 4096, 512 * 1024]
 
 
-def cases() -> Iterator[Case]:
-    device = "cuda" if CUDA else "cpu"
-    for n in SIZES:
-        logprobs, ref = -torch.rand(2, n, device=device)
-        logprobs.requires_grad_()
-        ones = torch.ones(n, device=device)
-        for provider, kl_of in PROVIDERS.items():
+def draw(n: int):
+    logprobs, ref = -torch.rand(2, n, device=DEVICE)
+    return logprobs.requires_grad_(), ref
 
-            def forward(f=kl_of, p=logprobs, q=ref) -> torch.Tensor:
-                return f(p, q, estimator="k3")
 
-            def forward_backward(forward=forward, p=logprobs, ones=ones) -> None:
-                p.grad = None
-                forward().backward(ones)
-
-            yield Case(f"N={n} k3 forward", provider, torch.no_grad()(forward), 12 * n)
-            yield Case(f"N={n} k3 both", provider, forward_backward, 28 * n)
+def cases(tiny: bool) -> Iterator[Case]:
+    providers = {
+        "ours": partial(token_kl, estimator="k3"),
+        **baselines(plain.token_kl, tiny),
+        **peers.providers("token_kl"),
+    }
+    truth = partial(reference.token_kl, estimator="k3")
+    for n in [4096] if tiny else SIZES:
+        for backward in False, True:
+            passes = "forward + backward" if backward else "forward"
+            yield Case(
+                f"N={n} k3 fp32 {passes}", partial(draw, n), providers, truth,
+                bytes=(28 if backward else 12) * n, backward=backward,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("kl", cases())
+    main("kl", cases)

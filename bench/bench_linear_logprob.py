@@ -1,48 +1,65 @@
-"""python -m bench.bench_linear_logprob: log-probs from hidden states, no-grad and with backward."""
+"""python -m bench.bench_linear_logprob: log-probs from hidden states; the logits need not exist."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, chunked, main
 from tetrad.kernels import reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 
-CUDA = torch.cuda.is_available()
-SHAPES = [(8192, 32000, 2048), (8192, 128256, 4096)] if CUDA else [(16, 1000, 32)]  # N, V, d
+SHAPES = [  # N tokens, V columns, d
+    (8192, 128256, 4096), (8192, 32000, 2048), (8192, 151936, 4096), (8192, 50257, 2048),
+    (8192, 128256, 2048), (8192, 32000, 4096),
+]  # fmt: skip
 
 
-def with_logits(hidden, weight, tokens):
-    """What a trainer writes: the logits of all tokens, in the inputs' type."""
-    return reference.token_logprobs(torch.nn.functional.linear(hidden, weight), tokens)
+def in_pieces(hidden, weight, tokens):
+    """The forward pass as it is when a gradient is to follow: cuBLAS and the row kernel."""
+    with torch.enable_grad():
+        return linear_token_logprobs(hidden, weight, tokens)
 
 
-def cases() -> Iterator[Case]:
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    providers = {
-        "ours": linear_token_logprobs,
-        "ours, save_logits": lambda *x: linear_token_logprobs(*x, save_logits=True),
-        "torch": with_logits,
+def draw(N: int, V: int, d: int, dtype: torch.dtype):
+    """Hidden states, a weight whose logits have a spread of about 3, and tokens."""
+    hidden = torch.randn(N, d, device=DEVICE, dtype=dtype).requires_grad_()
+    weight = (3 / d**0.5 * torch.randn(V, d, device=DEVICE, dtype=dtype)).requires_grad_()
+    return hidden, weight, torch.randint(V, (N,), device=DEVICE)
+
+
+def truth(hidden, weight, tokens):
+    return chunked(
+        lambda h, t, w: reference.linear_token_logprobs(h, w, t), (hidden, tokens), (weight,)
+    )
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
+    rest = {
+        **baselines(plain.linear_token_logprobs, tiny),
+        **peers.providers("linear_token_logprobs"),
     }
-    for N, V, d in SHAPES:
-        hidden = torch.randn(N, d, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(V, d, device=device) / d**0.5).to(dtype).requires_grad_()
-        tokens = torch.randint(V, (N,), device=device)
-        read = (hidden.numel() + weight.numel()) * hidden.element_size()
-        for provider, logprobs_of in providers.items():
-
-            def forward(f=logprobs_of, x=(hidden, weight, tokens)):
-                return f(*x)
-
-            def forward_backward(forward=forward, leaves=(hidden, weight)) -> None:
-                for x in leaves:
-                    x.grad = None
-                forward().sum().backward()
-
-            name = f"N={N} V={V} d={d} {dtype}"
-            yield Case(f"{name} no grad", provider, torch.no_grad()(forward), read)
-            yield Case(f"{name} both", provider, forward_backward, 3 * read)
+    forward = {"ours": linear_token_logprobs, "ours, pieces": in_pieces, **rest}
+    both = {
+        "ours": linear_token_logprobs,
+        "ours, save_logits": partial(linear_token_logprobs, save_logits=True),
+        **rest,
+    }
+    for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
+        product, read = 2 * N * V * d, (N + V) * d * size
+        shape = {"draw": partial(draw, N, V, d, dtype), "truth": truth, "dtype": dtype}
+        name = f"N={N} V={V} d={d} {'fp32' if tiny else 'bf16'}"
+        yield Case(
+            f"{name} forward", providers=forward, bytes=read, flops=product, gemm=(N, V, d),
+            by_row=True, **shape,
+        )  # fmt: skip
+        yield Case(
+            f"{name} forward + backward", providers=both, bytes=2 * read, flops=3 * product,
+            gemm=(N, V, d), work={"ours": 4 * product}, backward=True, **shape,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("linear_logprob", cases())
+    main("linear_logprob", cases)

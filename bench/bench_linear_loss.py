@@ -1,58 +1,73 @@
-"""python -m bench.bench_linear_loss: losses from hidden states, forward with backward."""
+"""python -m bench.bench_linear_loss: policy loss and cross-entropy from hidden states, with their
+gradients."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import bench_linear_logprob as logprob
+from bench import peers, plain
+from bench.harness import Case, baselines, main
 from tetrad.kernels import reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
 from tetrad.kernels.ppo_loss import policy_loss
 
-CUDA = torch.cuda.is_available()
-SHAPES = [(8192, 32000, 2048), (8192, 128256, 4096)] if CUDA else [(16, 1000, 32)]  # N, V, d
+SHAPES = [(8192, 128256, 4096), (8192, 32000, 2048), (8192, 151936, 4096)]  # N, V, d
 
 
-def cases() -> Iterator[Case]:
-    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-    for N, V, d in SHAPES:
-        hidden = torch.randn(N, d, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(V, d, device=device) / d**0.5).to(dtype).requires_grad_()
-        tokens = torch.randint(V, (N,), device=device)
-        with torch.no_grad():
-            old = linear_token_logprobs(hidden, weight, tokens)
-        constants = (old, torch.randn(N, device=device), torch.ones(N, device=device) > 0)
+def in_two_ops(hidden, weight, tokens, *constants):
+    return policy_loss(linear_token_logprobs(hidden, weight, tokens), *constants)
 
-        def in_two_ops(hidden, weight, tokens, *constants):
-            return policy_loss(linear_token_logprobs(hidden, weight, tokens), *constants)
 
-        def logits_policy_loss(hidden, weight, tokens, *constants):
-            logits = torch.nn.functional.linear(hidden, weight)
-            return reference.policy_loss(reference.token_logprobs(logits, tokens), *constants)
+def draw_policy(*shape):
+    hidden, weight, tokens = logprob.draw(*shape)
+    with torch.no_grad():
+        old = linear_token_logprobs(hidden, weight, tokens)
+    old += 0.2 * torch.randn_like(old)  # so that some ratios are clipped
+    mask = torch.rand_like(old) < 0.9
+    return hidden, weight, tokens, old, torch.randn_like(old), mask
 
-        def logits_cross_entropy(hidden, weight, tokens):
-            logits = torch.nn.functional.linear(hidden, weight)
-            return torch.nn.functional.cross_entropy(logits.float(), tokens)
 
-        calls = [
-            ("policy", "ours", linear_policy_loss, constants),
-            ("policy", "ours, two ops", in_two_ops, constants),
-            ("policy", "torch", logits_policy_loss, constants),
-            ("cross-entropy", "ours", linear_cross_entropy, ()),
-            ("cross-entropy", "torch", logits_cross_entropy, ()),
-        ]
-        moved = 3 * (hidden.numel() + weight.numel()) * hidden.element_size()
-        for loss, provider, f, rest in calls:
+def true_policy_loss(hidden, weight, tokens, *constants):
+    return reference.policy_loss(logprob.truth(hidden, weight, tokens), *constants)
 
-            def step(f=f, x=(hidden, weight, tokens, *rest)) -> None:
-                for leaf in x[:2]:
-                    leaf.grad = None
-                result = f(*x)
-                (result[0] if isinstance(result, tuple) else result).backward()
 
-            yield Case(f"{loss} N={N} V={V} d={d} {dtype}", provider, step, moved)
+def true_cross_entropy(hidden, weight, tokens):
+    return -logprob.truth(hidden, weight, tokens).mean()
+
+
+def cases(tiny: bool) -> Iterator[Case]:
+    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
+    policy = {
+        "ours": linear_policy_loss,
+        "ours, two ops": in_two_ops,
+        **baselines(plain.linear_policy_loss, tiny),
+        **peers.providers("linear_policy_loss"),
+    }
+    cross_entropy = {
+        "ours": linear_cross_entropy,
+        **baselines(plain.linear_cross_entropy, tiny),
+        **peers.providers("linear_cross_entropy"),
+    }
+    for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
+        product = 2 * N * V * d
+        common = {
+            "bytes": 2 * (N + V) * d * size, "flops": 3 * product, "gemm": (N, V, d),
+            "backward": True, "dtype": dtype,
+        }  # fmt: skip
+        shape = (N, V, d, dtype)
+        name = f"N={N} V={V} d={d} {'fp32' if tiny else 'bf16'} forward + backward"
+        yield Case(
+            f"policy {name}", partial(draw_policy, *shape), policy, true_policy_loss,
+            work={"ours, two ops": 4 * product}, **common,
+        )  # fmt: skip
+        yield Case(
+            f"cross-entropy {name}", partial(logprob.draw, *shape), cross_entropy,
+            true_cross_entropy, **common,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("linear_loss", cases())
+    main("linear_loss", cases)

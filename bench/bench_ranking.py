@@ -1,34 +1,40 @@
-"""python -m bench.bench_ranking: the K-way ranking loss, forward with backward."""
+"""python -m bench.bench_ranking: the K-way ranking loss, with its gradient."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
-from bench.harness import Case, publish
+from bench import peers, plain
+from bench.harness import DEVICE, Case, baselines, main
 from tetrad.kernels import reference
 from tetrad.kernels.ranking import ranking_loss
 
-CUDA = torch.cuda.is_available()
-PROVIDERS = {"ours": ranking_loss, "torch": reference.ranking_loss}
-SHAPES = [(64, 9), (4096, 4), (16, 128)] if CUDA else [(8, 9)]  # prompts, completions of each
+SHAPES = [(64, 9), (4096, 4), (16, 128), (4096, 2)]  # prompts, completions of each
 
 
-def cases() -> Iterator[Case]:
-    device = "cuda" if CUDA else "cpu"
-    for P, K in SHAPES:
-        scores = torch.randn(P * K, device=device, requires_grad=True)
-        ranks = torch.randint(1, K + 1, (P * K,), device=device)
-        bounds = torch.arange(0, P * K + 1, K, device=device)
-        for provider, loss_of in PROVIDERS.items():
-            if provider == "torch" and P * K > 10_000:
-                continue  # it compares all completions with all: a billion pairs in fp32
+def draw(P: int, K: int):
+    scores = torch.randn(P * K, device=DEVICE, requires_grad=True)
+    ranks = torch.rand(P, K, device=DEVICE).argsort(1).view(-1) + 1
+    return scores, ranks, torch.arange(0, P * K + 1, K, device=DEVICE)
 
-            def forward_backward(f=loss_of, x=scores, args=(ranks, bounds)) -> None:
-                x.grad = None
-                f(x, *args)[0].backward()
 
-            yield Case(f"P={P} K={K}", provider, forward_backward, 16 * P * K)
+def cases(tiny: bool) -> Iterator[Case]:
+    for P, K in [(8, 9)] if tiny else SHAPES:
+
+        def in_rows(scores, ranks, _, K=K):
+            return plain.ranking_loss(scores.view(-1, K), ranks.view(-1, K))
+
+        providers = {
+            "ours": lambda *inputs: ranking_loss(*inputs)[0],
+            **baselines(in_rows, tiny),
+            **(peers.providers("ranking_loss") if K == 2 else {}),
+        }
+        yield Case(
+            f"P={P} K={K} fp32 forward + backward", partial(draw, P, K), providers,
+            lambda *inputs: reference.ranking_loss(*inputs)[0], bytes=16 * P * K, backward=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    publish("ranking", cases())
+    main("ranking", cases)

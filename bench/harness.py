@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,7 +37,6 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 SAMPLE = 256  # rows that are checked of an op that treats each row alone
 PATIENCE = 0.1  # seconds that the timed calls of one row may take together
-WARM_UP = 3  # calls
 MAX_SETS = 256  # of inputs, that rotate
 LONGEST_SLEEP = 0.02  # seconds that the GPU waits for the host to queue eight calls
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative; what errs more is not timed
@@ -82,7 +81,9 @@ def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
 
 def arguments(program: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(program)
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for a machine of any kind")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small sizes, for a machine of any kind"
+    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop measuring after them")
     parser.add_argument("--out", type=Path, help="folder of the results [bench/results]")
     options = parser.parse_args()
@@ -119,7 +120,9 @@ class Log:
 
     def close(self) -> None:
         """Exit 1 if something of ours was to be measured and failed."""
-        reasons = [row.get("not_measured") for row in self.rows if row["provider"].startswith("ours")]
+        reasons = [
+            row.get("not_measured") for row in self.rows if row["provider"].startswith("ours")
+        ]
         if any(reason not in (None, "out of time") for reason in reasons):
             sys.exit(1)
 
@@ -143,7 +146,8 @@ def where() -> dict[str, Any]:
     packages = ("torch", "triton", "transformers", "megatron-core", *peers.PACKAGES.values())
     found = {p: _version(p) for p in packages if _version(p)}
     about: dict[str, Any] = {
-        "gpu": gpu_name(), "commit": _output("git", "describe", "--always", "--dirty"),
+        "gpu": gpu_name(),
+        "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("COMMIT"),
         "sources": _digest(), "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(), "versions": found,
         "command": " ".join(["python", *sys.orig_argv[1:]]),
@@ -243,8 +247,8 @@ def measured(case: Case, log: Log) -> Iterator[Row]:
             continue
         try:
             if inputs is None:
-                inputs = case.draw()
-                truth = true_results(case, inputs)
+                drawn = case.draw()
+                inputs, truth = drawn, true_results(case, drawn)
             kept = [x[_some(x)] for x in map(Tensor.detach, _tensors(inputs))]
             row["error"] = error_of(case, call, inputs, truth)
             row["in_place"] = not all(
@@ -378,24 +382,22 @@ def _rotation(inputs: Sequence[Any]) -> int:
 
 def timed(once: Callable[[], object]) -> Row:
     """Milliseconds of a call: median, 20th and 80th percentile; and the host's microseconds."""
-    for _ in range(WARM_UP):
-        once()
+    for _ in range(3):  # warm-up, of one call when calls are slow
+        if _wall(once) > 100:
+            break
     if not CUDA:
         times = sorted(_wall(once) for _ in range(5))
         return {"ms": times[2], "ms_p20": times[1], "ms_p80": times[3], "calls": 5}
-    torch.cuda.synchronize()
-    few = 4
     began = time.perf_counter()
-    for _ in range(few):
+    for _ in range(3):
         once()
-    host = (time.perf_counter() - began) / few  # seconds to queue a call
+    host = (time.perf_counter() - began) / 3  # seconds to queue a call
     torch.cuda.synchronize()
-    each = (time.perf_counter() - began) / few
-    calls = max(8, min(200, round(PATIENCE / each)))
+    each = (time.perf_counter() - began) / 3
     times = []
-    while len(times) < calls:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(8)]
-        torch.cuda._sleep(int(min(2 * len(events) * host, LONGEST_SLEEP) * 2e9))  # cycles at 2 GHz
+    while len(times) < max(6, min(200, PATIENCE / each)):
+        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(6)]
+        torch.cuda._sleep(int(2e9 * min(2 * len(events) * host, LONGEST_SLEEP)))  # cycles at 2 GHz
         for before, after in events:
             before.record()
             once()
@@ -412,6 +414,8 @@ def timed(once: Callable[[], object]) -> Row:
 def _wall(once: Callable[[], object]) -> float:
     began = time.perf_counter()
     once()
+    if CUDA:
+        torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -451,7 +455,7 @@ def fractions(case: Case, provider: str, ms: float, rates: Rates) -> Row:
     }  # fmt: skip
 
 
-def chunked(op: Callable, by_row: Sequence[Any], shared: Sequence[Any], rows: int = 1024) -> Tensor:
+def chunked(op: Callable, by_row: Sequence[Any], shared: Sequence[Any], rows: int = 512) -> Tensor:
     """op(*by_row, *shared) a few rows at a time, made again in backward: for a truth that would not
     fit the memory in float64."""
     parts = [
