@@ -8,7 +8,7 @@ GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON
 
 PEERS = trl verl openrlhf
 
-.PHONY: demo test triton36 check peers gpu setup clean
+.PHONY: demo test triton36 check peers gpu bench setup clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -61,11 +61,12 @@ peers: $(PEERS:%=.venv-peers/%/ready)  ## kernels/patch.py against the packages 
 	touch $@
 
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
-	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
-		|| { echo "make gpu: no GPU on this machine"; exit 2; }
-	$(GPU_PYTHON) -m pytest -q tests/kernels
-	for bench in bench/bench_*.py; do \
-		$(GPU_PYTHON) -m bench.$$(basename $$bench .py) || exit 1; done
+	@$(GPU_PYTHON) -m bench
+
+bench: setup  ## the same calls at small sizes on the CPU, compared with the last time they ran here
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench --benchmark-autosave \
+		--benchmark-max-time=0.3 --benchmark-columns=min,median,iqr \
+		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=min:30%)
 
 clean:
 	rm -rf .venv .venv-peers .venv-triton36 runs build *.egg-info
