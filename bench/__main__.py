@@ -1,4 +1,4 @@
-"""python -m bench: on a GPU, the kernels' tests, then every bench, then the report, in nine minutes.
+"""python -m bench: on a GPU, the kernels' tests, every bench and the report, in nine minutes.
 
 What `make gpu` runs. Each bench is a process of its own, so that none can take another one along,
 and has a share of the time that is left; what it cannot measure in it says so in its file. Exits 1
@@ -11,17 +11,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-LIMIT = 520  # seconds in all
+from bench.rows import ROOT, SHARES, benches
+
+LIMIT = 500  # seconds in all
 FOR_TESTS = 240  # seconds at most
 GRACE = 40  # seconds that a bench may overrun its share, to end the row that it is at
-# In this order, and how long each takes relative to the others; those not named come last.
-SHARES = {
-    "logprob": 3, "linear_logprob": 3, "linear_loss": 2, "advantages": 2, "iteration": 4,
-    "decode": 2, "ppo_loss": 1, "exact_kl": 2, "kl": 1, "ranking": 1,
-}  # fmt: skip
-HERE = Path(__file__).parent
 
 
 def main() -> None:
@@ -35,8 +30,7 @@ def main() -> None:
         require_gpu()
         if not tests_pass():
             failed.append("tests/kernels")
-    names = [path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py")]
-    names.sort(key=lambda name: ([*SHARES, name].index(name), name))
+    names = benches()
     flags = ["--tiny"] * options.tiny + (["--out", options.out] if options.out else [])
     for i, name in enumerate(names):
         left = LIMIT - (time.monotonic() - began)
@@ -47,11 +41,14 @@ def main() -> None:
             failed.append(name)
     if not options.tiny and python(["-m", "bench.report"], GRACE):
         failed.append("report")
-    print(f"\n{time.monotonic() - began:.0f} s; {'failed: ' + ', '.join(failed) if failed else 'ok'}")
+    print(
+        f"\n{time.monotonic() - began:.0f} s; {'failed: ' + ', '.join(failed) if failed else 'ok'}"
+    )
     sys.exit(bool(failed))
 
 
 def share(name: str) -> float:
+    """Of the time that is left, relative to the other benches."""
     return SHARES.get(name, 1)
 
 
@@ -79,7 +76,7 @@ def python(arguments: list[str], seconds: float) -> int:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     try:
         return subprocess.run(
-            [sys.executable, *arguments], cwd=HERE.parent, env=environment, timeout=seconds
+            [sys.executable, *arguments], cwd=ROOT, env=environment, timeout=seconds
         ).returncode
     except subprocess.TimeoutExpired:
         print(f"stopped after {seconds:.0f} s: python {' '.join(arguments)}", file=sys.stderr)

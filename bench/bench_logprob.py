@@ -24,21 +24,20 @@ def draw(N: int, V: int, dtype: torch.dtype):
 
 def cases(tiny: bool) -> Iterator[Case]:
     dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
-    for N, V in [(16, 1000)] if tiny else SHAPES:
-        for entropy in False, True:
-            name = "token_logprobs" + "_entropy" * entropy
-            providers = {
-                "ours": partial(token_logprobs, entropy=entropy),
-                **baselines(getattr(plain, name), tiny),
-                **peers.providers(name),
-            }
-            truth = partial(reference.token_logprobs, entropy=entropy)
+    for entropy in False, True:
+        name = "token_logprobs" + "_entropy" * entropy
+        providers = {
+            "ours": partial(token_logprobs, entropy=entropy),
+            **baselines(getattr(plain, name), tiny),
+            **peers.providers(name),
+        }
+        truth = partial(reference.token_logprobs, entropy=entropy)
+        for N, V in [(16, 1000)] if tiny else SHAPES:
+            shape = f"N={N} V={V} {'fp32' if tiny else 'bf16'}{' entropy' * entropy}"
             for backward in False, True:
                 yield Case(
-                    f"N={N} V={V} {'fp32' if tiny else 'bf16'}" + " entropy" * entropy
-                    + (" forward" if not backward else " forward + backward"),
-                    partial(draw, N, V, dtype), providers, truth,
-                    bytes=(3 if backward else 1) * N * V * size,
+                    f"{shape} forward{' + backward' * backward}", partial(draw, N, V, dtype),
+                    providers, truth, bytes=(3 if backward else 1) * N * V * size,
                     backward=backward, by_row=True, dtype=dtype,
                 )  # fmt: skip
 

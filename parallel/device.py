@@ -46,6 +46,12 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
+def synchronize() -> None:
+    """Wait for all that was launched; copies on streams of their own may go on."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
 @lru_cache
 def apex_norms():
     """NVIDIA apex's module of fused norms, or None. The apex of PyPI is another package."""

@@ -6,12 +6,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
+from torch import nn
 
 from tetrad.parallel import checkpoint
 from tetrad.parallel.checkpoint import write_text
@@ -19,7 +20,7 @@ from tetrad.parallel.colocate import Memory
 from tetrad.parallel.engine import Engine
 from tetrad.parallel.model import build
 from tetrad.parallel.optimizer import Optimizer
-from tetrad.parallel.settings import Schedule
+from tetrad.parallel.settings import Architecture, Schedule
 from tetrad.parallel.topology import Topology, generator, initialize, seed_dropout
 from tetrad.trainer import config
 from tetrad.trainer.metrics import Metrics
@@ -105,15 +106,10 @@ def build_role(
     tokenizer: str,
     *,
     new_head: bool = False,
-    schedule: Schedule | None = None,
-    steps: int = 1,
-    dropout: float = 0.0,
-    ema_decay: float | None = None,
-    memory: Memory | None = None,
+    **training,
 ) -> Engine:
-    """A model with a "language" or "scalar" head, from its checkpoint or fresh; with a schedule it
-    can be trained for so many steps. new_head: a scalar model may start from a language model.
-    memory: where its tensors are to be, of `colocate`.
+    """A model with a "language" or "scalar" head, from its checkpoint or fresh. new_head: a scalar
+    model may start from a language model. training: as `build_engine` takes it.
 
     Raises ValueError when the checkpoint has another head or another tokenizer than asked for.
     """
@@ -125,15 +121,34 @@ def build_role(
                 f"{model.init} reads {description['tokenizer']} tokens, "
                 f"the other models of this run {tokenizer} tokens"
             )
-    else:
-        architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
+        load = partial(checkpoint.load_weights, topology=topology, folder=folder)
+        return build_engine(cfg, topology, head, architecture, load=load, **training)
+    architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
+    return build_engine(cfg, topology, head, architecture, **training)
+
+
+def build_engine(
+    cfg: config.Run,
+    topology: Topology,
+    head: str,
+    architecture: Architecture,
+    *,
+    load: Callable[[list[nn.Module]], object] | None = None,
+    schedule: Schedule | None = None,
+    steps: int = 1,
+    dropout: float = 0.0,
+    ema_decay: float | None = None,
+    memory: Memory | None = None,
+) -> Engine:
+    """A model of this shape; with a schedule it can be trained for so many steps. load: fills its
+    weights, which are drawn otherwise. memory: where its tensors are to be, of `colocate`."""
     p = cfg.parallel
     chunks = build(
         architecture, head, topology, precision=p.precision, dropout=dropout,
-        recompute=p.recompute, seed=cfg.seed, to_be_loaded=folder is not None,
+        recompute=p.recompute, seed=cfg.seed, to_be_loaded=load is not None,
     )  # fmt: skip
-    if folder:
-        checkpoint.load_weights(chunks, topology, folder)
+    if load:
+        load(chunks)
     optimizer = None
     if schedule:
         optimizer = Optimizer(

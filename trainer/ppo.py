@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from tetrad.parallel.colocate import colocate, held
 from tetrad.parallel.engine import Engine, Loss
 from tetrad.parallel.estimate import GIB
 from tetrad.parallel.packed import Batch, pack_text
+from tetrad.parallel.settings import Architecture
 from tetrad.parallel.topology import Topology, arrange, generator
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
 from tetrad.trainer.loop import Source, batches, build_role, log, source_of, start, train
-from tetrad.trainer.metrics import read_metrics, write_summary
+from tetrad.trainer.metrics import Clock, read_metrics, write_summary
 from tetrad.trainer.planning import choose, forecast, longest_prompt, run_of
 from tetrad.trainer.rollout import Episodes, rollout
 
@@ -43,13 +44,13 @@ def iteration(
     roles: Roles, prompts: list[list[int]], text: Text | None, cfg: config.PPO, eos_id: int, i: int
 ) -> dict[str, float]:
     """Iteration i of PPO-ptx: sample, score, judge, learn."""
-    temperature = cfg.sampling.temperature
+    temperature, clock = cfg.sampling.temperature, Clock()
 
-    # 1. Rollout: one response per prompt, on the training weights.
+    clock.enter("rollout")  # one response per prompt, on the training weights
     episodes = rollout(roles.policy, prompts, cfg.sampling, eos_id, seed=(cfg.seed, i))
     batch = episodes.batch
 
-    # 2. Score: what must stay fixed while the policy moves.
+    clock.enter("score")  # what must stay fixed while the policy moves
     old_logprobs = roles.policy.logprobs(batch, temperature)
     ref_logprobs = roles.reference.logprobs(batch, temperature)
     scores = roles.reward.scores(batch)
@@ -57,7 +58,7 @@ def iteration(
         scores = torch.where(episodes.ended.to(scores.device), scores, cfg.no_eos_score)
     old_values = roles.critic.values(batch)
 
-    # 3. Judge: charge for KL at every token, add the score at the last one; advantages.
+    clock.enter("judge")  # charge for KL at every token, add the score at the last one; advantages
     mask, cu_seqlens = (x.to(scores.device) for x in (batch.response_mask, batch.cu_seqlens))
     judged = ppo_advantages(
         scores, old_logprobs, ref_logprobs, old_values, mask,
@@ -70,7 +71,7 @@ def iteration(
         "old_values": old_values, "returns": judged.returns,
     }  # fmt: skip
 
-    # 4. Learn: the PPO and the pretraining gradient in one buffer, then policy and critic step.
+    clock.enter("learn")  # PPO and pretraining gradient in one buffer; policy and critic step
     seen = Log()
     for k, minibatch in minibatches(batch, cfg, i):
         stats = roles.policy.accumulate_policy_loss(
@@ -88,7 +89,7 @@ def iteration(
         loss = clipped_value_loss(minibatch, cfg.value_clip_range)
         seen.add("critic", roles.critic.accumulate_values(minibatch, loss))
         seen.add("critic", roles.critic.step())
-    return seen.means() | described(episodes, scores, judged)
+    return seen.means() | described(episodes, scores, judged) | clock.seconds()
 
 
 def clipped_value_loss(minibatch: Batch, clip_range: float) -> Loss:
@@ -196,8 +197,7 @@ def ppo(cfg: config.PPO) -> dict[str, float]:
 def build_roles(
     cfg: config.PPO, topology: Topology, tokenizer: str, updates: int
 ) -> tuple[Roles, Callable[[], dict[str, float]]]:
-    """The four models in memory that was planned for them, and what to log of it. Raises ValueError
-    before anything is allocated when they will not fit."""
+    """The four models from their checkpoints, placed by `place_roles`."""
     inits: dict[str, tuple[str, str]] = {
         "policy": ("language", cfg.model.init or ""),
         "reference": ("language", cfg.reference or cfg.model.init or ""),
@@ -208,6 +208,22 @@ def build_roles(
         name: checkpoint.read_model(checkpoint.find(init, head))[0]
         for name, (head, init) in inits.items()
     }
+
+    def build(name: str, topology: Topology, **training) -> Engine:
+        head, init = inits[name]
+        return build_role(cfg, topology, head, config.Model(init=init), tokenizer, **training)
+
+    return place_roles(cfg, topology, shapes, build, updates)
+
+
+def place_roles(
+    cfg: config.PPO, topology: Topology, shapes: Mapping[str, Architecture],
+    build: Callable[..., Engine], updates: int,
+) -> tuple[Roles, Callable[[], dict[str, float]]]:  # fmt: skip
+    """The four models in memory that was planned for them, and what to log of it.
+
+    build(name, topology, **training) builds one of them, with what `build_engine` takes of training
+    and memory. Raises ValueError before anything is allocated when they will not fit."""
     run, rank = run_of(cfg, shapes, dist.get_world_size()), dist.get_rank()
     swap = choose(cfg, run, device.total_memory())
     log.info(forecast(run, rank, swap))
@@ -216,11 +232,8 @@ def build_roles(
     beside = topology if layout == topology.layout else arrange(layout)
 
     def role(name: str, **training) -> Engine:
-        head, init = inits[name]
-        return build_role(
-            cfg, topology if head == "language" else beside, head, config.Model(init=init),
-            tokenizer, memory=memory[name], **training,
-        )  # fmt: skip
+        where = topology if run.roles[name].head == "language" else beside
+        return build(name, where, memory=memory[name], **training)
 
     # those that are trained come first: building them takes the most room beside their own
     policy = role("policy", schedule=cfg.schedule, steps=updates, ema_decay=cfg.ema_decay)

@@ -5,9 +5,10 @@ import torch
 
 from tests.forked_world import run_world
 from tetrad.kernels.ppo_loss import policy_loss
+from tetrad.parallel import device
 from tetrad.parallel.generate import Samples
 from tetrad.parallel.packed import pack_text
-from tetrad.trainer import config, ppo, rollout
+from tetrad.trainer import config, metrics, ppo, rollout
 
 OLD = torch.tensor([-1.0, -2.0, -0.5])  # log-probs of the three response tokens
 REF = torch.tensor([-1.5, -1.0, -0.5])
@@ -101,6 +102,18 @@ def test_an_iteration_by_hand() -> None:
     assert log["kl"] == pytest.approx((0.5 - 1) / 2) and log["score"] == pytest.approx(-1)
     assert log["ended"] == 0.5 and log["sampling_mismatch_max"] == pytest.approx(0, abs=1e-6)
     assert temperatures == [0.7] and more == [True] and steps == [1, 1]
+
+
+def test_a_phase_ends_where_the_next_begins_and_the_device_is_done(monkeypatch) -> None:
+    events = []
+    times = iter([1.0, 3.0, 7.5])
+    monkeypatch.setattr(device, "synchronize", lambda: events.append("wait"))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: events.append("look") or next(times))
+    clock = metrics.Clock()
+    clock.enter("rollout")
+    clock.enter("score")
+    assert clock.seconds() == {"seconds/rollout": 2.0, "seconds/score": 4.5}
+    assert events == ["wait", "look"] * 3
 
 
 def test_without_text_there_is_no_pretraining_gradient() -> None:

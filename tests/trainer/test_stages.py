@@ -135,7 +135,7 @@ def test_a_ppo_iteration_is_the_same_in_every_layout(
 
 
 def comparable(row: dict) -> dict:
-    return {k: v for k, v in row.items() if k != "seconds" and not k.startswith("memory")}
+    return {k: v for k, v in row.items() if not k.startswith(("seconds", "memory"))}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,13 @@ def test_every_iteration_starts_on_policy(runs) -> None:
         assert row["sampling_mismatch_max"] < 1e-4
         assert math.isfinite(row["kl"])
     assert metrics(runs / "ppo")[-1]["kl"] != 0
+
+
+def test_the_phases_make_up_the_time_of_an_iteration(runs) -> None:
+    for row in metrics(runs / "ppo"):
+        phases = [row[f"seconds/{name}"] for name in ("rollout", "score", "judge", "learn")]
+        assert min(phases) > 0
+        assert 0.9 * row["seconds"] < sum(phases) < row["seconds"]
 
 
 def test_a_response_without_eos_can_have_a_fixed_score(runs, tmp_path) -> None:
