@@ -23,7 +23,8 @@ demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-
 
 test: setup  ## kernels under Triton's interpreter, then everything else
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --ignore tests/kernels --ignore tests/peers
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests bench --benchmark-disable \
+		--ignore tests/kernels --ignore tests/peers
 
 triton36: .venv-triton36/ready  ## the kernels on the oldest Triton that pyproject.toml admits
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton36/bin/python -m pytest -q tests/kernels
@@ -44,10 +45,12 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p tetrad
 
-peers: $(PEERS:%=.venv-peers/%/ready)  ## kernels/patch.py against the packages that it patches
+peers: $(PEERS:%=.venv-peers/%/ready) .venv-peers/bench/ready  ## what we patch and compare with, as it is
 	for peer in $(PEERS); do \
 		HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-peers/$$peer/bin/python \
-			-m pytest -q tests/peers/test_patch_$$peer.py || exit 1; done
+			-m pytest -q tests/peers/test_patch_$$peer.py tests/peers/test_bench_peers.py || exit 1; done
+	TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-peers/bench/bin/python \
+		-m pytest -q tests/peers/test_bench_peers.py
 
 # The peers ask for versions that conflict: each gets an environment of its own, which sees .venv's
 # packages (torch) behind its own. The first line of its list comes without its dependencies.

@@ -103,4 +103,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("advantages", cases)
+    main("advantages", cases, ("ppo_advantages", "gae", "gae_whitened"))

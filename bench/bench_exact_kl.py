@@ -62,4 +62,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("exact_kl", cases)
+    main("exact_kl", cases, ("exact_kl", "linear_exact_kl"))

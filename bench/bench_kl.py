@@ -35,4 +35,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("kl", cases)
+    main("kl", cases, ("token_kl",))

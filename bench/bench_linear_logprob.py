@@ -62,4 +62,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("linear_logprob", cases)
+    main("linear_logprob", cases, ("linear_token_logprobs",))

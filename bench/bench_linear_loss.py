@@ -8,7 +8,7 @@ import torch
 
 from bench import bench_linear_logprob as logprob
 from bench import peers, plain
-from bench.harness import Case, baselines, main
+from bench.harness import DEVICE, Case, baselines, main
 from tetrad.kernels import reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
@@ -25,7 +25,8 @@ def draw_policy(*shape):
     hidden, weight, tokens = logprob.draw(*shape)
     with torch.no_grad():
         old = linear_token_logprobs(hidden, weight, tokens)
-    old += 0.2 * torch.randn_like(old)  # so that some ratios are clipped
+    # ratios on both sides of the clip's edges and not near: none crosses one by its rounding
+    old += torch.tensor([-0.4, -0.1, 0.1, 0.4], device=DEVICE)[torch.randint_like(tokens, 4)]
     mask = torch.rand_like(old) < 0.9
     return hidden, weight, tokens, old, torch.randn_like(old), mask
 
@@ -70,4 +71,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("linear_loss", cases)
+    main("linear_loss", cases, ("linear_policy_loss", "linear_cross_entropy"))

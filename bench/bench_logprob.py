@@ -43,4 +43,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("logprob", cases)
+    main("logprob", cases, ("token_logprobs", "token_logprobs_entropy"))

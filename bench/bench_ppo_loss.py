@@ -35,4 +35,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("ppo_loss", cases)
+    main("ppo_loss", cases, ("policy_loss", "value_loss"))

@@ -16,6 +16,8 @@ SHAPES = [(64, 9), (4096, 4), (16, 128), (4096, 2)]  # prompts, completions of e
 def draw(P: int, K: int):
     scores = torch.randn(P * K, device=DEVICE, requires_grad=True)
     ranks = torch.rand(P, K, device=DEVICE).argsort(1).view(-1) + 1
+    if K == 2:  # pairs as OpenRLHF takes them, the better first
+        ranks = torch.arange(1, 3, device=DEVICE).repeat(P)
     return scores, ranks, torch.arange(0, P * K + 1, K, device=DEVICE)
 
 
@@ -37,4 +39,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("ranking", cases)
+    main("ranking", cases, ("ranking_loss",))

@@ -21,7 +21,7 @@ N = 1000  # rows; more than the 256 that are checked of an op that treats rows a
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
-    monkeypatch.setattr(harness.peers, "absent", lambda: {"peer": "No module named 'peer'"})
+    monkeypatch.setattr(harness.peers, "absent", lambda ops: {"peer": "No module named 'peer'"})
     return Log("doubling", Namespace(tiny=True, seconds=math.inf, out=tmp_path))
 
 
