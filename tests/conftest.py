@@ -14,6 +14,11 @@ if INTERPRETED:  # before any kernel is imported: what Triton is, is settled at 
 
     interpreter.install()
 
+if not torch.cuda.is_available():
+    # Autograd's first backward starts a thread for each device, and forked ranks would miss them.
+    # Where there is no GPU a PyTorch built for CUDA counts none, but one after torch.compile.
+    torch.ones((), requires_grad=True).backward()
+
 
 @pytest.fixture(scope="session")
 def device() -> str:
