@@ -8,42 +8,52 @@ if a test or something of ours failed, 2 on a machine without a GPU.
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from bench.rows import ROOT, SHARES, benches
 
-LIMIT = 500  # seconds in all
-FOR_TESTS = 240  # seconds at most
-GRACE = 40  # seconds that a bench may overrun its share, to end the row that it is at
+LIMIT = 530  # seconds in all
+FOR_TESTS = 220  # seconds at most
+FOR_REPORT = 60  # seconds that are kept for it
+GRACE = 25  # seconds that a bench may overrun its share, to end the row that it is at
+START = 12  # seconds: what a process needs to begin
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench", description=__doc__.split("\n")[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m bench", description="What `make gpu` runs.")
     parser.add_argument("--tiny", action="store_true", help="benches alone, small, on any machine")
-    parser.add_argument("--out", help="folder of the results [bench/results]")
-    options = parser.parse_args()
-    began = time.monotonic()
+    parser.add_argument("--out", help="folder of the results [bench/results, and the report]")
+    options = parser.parse_args(arguments)
+    began = time.time()
+    end = began + LIMIT - FOR_REPORT
     failed = []
     if not options.tiny:
         require_gpu()
         if not tests_pass():
             failed.append("tests/kernels")
+    from bench.harness import commit
+
+    os.environ["COMMIT"] = commit() or ""  # before the results make the tree a dirty one
     names = benches()
     flags = ["--tiny"] * options.tiny + (["--out", options.out] if options.out else [])
     for i, name in enumerate(names):
-        left = LIMIT - (time.monotonic() - began)
-        seconds = max(0, left) * share(name) / sum(map(share, names[i:]))
+        left = end - time.time()
+        rest = names[i:]
+        seconds = START + (left - START * len(rest)) * share(name) / sum(map(share, rest))
+        if left < START:
+            print(f"\n== {name}: out of time")
+            continue
         print(f"\n== {name}: {seconds:.0f} s of {left:.0f} s", flush=True)
-        command = ["-m", f"bench.bench_{name}", "--seconds", f"{seconds:.0f}", *flags]
-        if python(command, seconds + GRACE):
+        command = ["-m", f"bench.bench_{name}", "--until", f"{time.time() + seconds:.0f}", *flags]
+        if python(command, min(seconds + GRACE, left)):
             failed.append(name)
-    if not options.tiny and python(["-m", "bench.report"], GRACE):
+    if not options.out and not options.tiny and python(["-m", "bench.report"], FOR_REPORT):
         failed.append("report")
-    print(
-        f"\n{time.monotonic() - began:.0f} s; {'failed: ' + ', '.join(failed) if failed else 'ok'}"
-    )
+    print(f"\n{time.time() - began:.0f} s; {'failed: ' + ', '.join(failed) if failed else 'ok'}")
     sys.exit(bool(failed))
 
 
@@ -53,34 +63,43 @@ def share(name: str) -> float:
 
 
 def require_gpu() -> None:
+    """Exits 2 on a machine without one, or when this Python cannot tell."""
     try:
-        import torch
-    except ImportError:
-        torch = None
-    if torch is None or not torch.cuda.is_available():
-        what = "PyTorch is not installed" if torch is None else "PyTorch sees none"
-        print(f"make gpu: no GPU on this machine ({what})", file=sys.stderr)
+        from bench.harness import require_gpu
+    except ModuleNotFoundError as problem:
+        print(
+            f"no GPU that {sys.executable} can see: {problem}\n"
+            "make setup installs what is needed; make gpu PYTHON=... takes another Python",
+            file=sys.stderr,
+        )
         sys.exit(2)
+    require_gpu()
 
 
 def tests_pass() -> bool:
-    """The kernels' tests on the GPU; several at a time where pytest-xdist is installed, for most of
+    """The kernels' tests on the GPU; many at a time where pytest-xdist is installed, for most of
     their time is the compiler's."""
-    workers = min(8, (os.cpu_count() or 2) // 2)
-    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") and workers > 1 else []
+    workers = min(12, (os.cpu_count() or 1) - 2)
+    parallel = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") else []
     return python(["-m", "pytest", "-q", "tests/kernels", *parallel], FOR_TESTS) == 0
 
 
-def python(arguments: list[str], seconds: float) -> int:
-    """Exit status of this Python on the arguments; 1 when it took too long."""
+def python(arguments: Sequence[str], seconds: float) -> int:
+    """Exit status of this Python on the arguments; 1 when it took too long, and then neither it nor
+    what it started is left on the GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, "-u", *arguments], cwd=ROOT, env=environment, start_new_session=True
+    )
     try:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, timeout=seconds
-        ).returncode
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         print(f"stopped after {seconds:.0f} s: python {' '.join(arguments)}", file=sys.stderr)
         return 1
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines
+from bench.harness import main
 from tetrad.kernels import advantages, reference
 
 SHAPES = [(512, 4096), (512, 1024), (8192, 2048)]  # B, T
@@ -63,53 +64,48 @@ def draw_packed_ppo(B: int, T: int):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    """Bytes: every token once, fp32, and its mask; every token counts, so none is skipped."""
+    """Bytes: every token once, fp32, and its mask; every token counts, so none is skipped. Of
+    ppo_advantages two results are compared, and its bytes are theirs."""
     for B, T in [(4, 64)] if tiny else SHAPES:
         shape = f"B={B} T={T} fp32"
         packed = f"B={B} T<={T} fp32 packed"
         n, n_packed = B * T, int(torch.linspace(1, T, B).round().sum())
 
-        def looped(call, T=T) -> dict:
+        def looped(call, name="python loop", T=T) -> dict:
             """The loop, where it does not keep the rest waiting: it takes most of a second."""
-            return {"python loop": call} if T <= 1024 else {}
+            return {name: call} if T <= 1024 else {}
 
         yield Case(
-            f"ppo_advantages {shape}", partial(draw_ppo, B, B, T),
-            {
-                "ours": ppo(advantages), "python loop": plain.ppo_advantages,
-                **peers.providers("ppo_advantages"),
-            },
-            ppo(reference), bytes=29 * n,
+            f"ppo_advantages {shape}", "ppo_advantages", partial(draw_ppo, B, B, T),
+            {"ours": ppo(advantages), "python loop": plain.ppo_advantages},
+            ppo(reference), bytes=21 * n,
         )  # fmt: skip
         yield Case(
-            f"gae {shape}", partial(draw_gae, B, T),
-            {"ours": advantages.gae, "python loop": plain.gae, **peers.providers("gae")},
+            f"gae {shape}", "gae", partial(draw_gae, B, T),
+            {"ours": advantages.gae, "python loop": plain.gae},
             reference.gae, bytes=17 * n,
         )  # fmt: skip
         yield Case(
-            f"ppo_advantages {packed}", partial(draw_packed_ppo, B, T),
-            {"ours": packed_ppo(advantages), **looped(packed_ppo(reference))},
-            packed_ppo(reference), bytes=29 * n_packed,
+            f"ppo_advantages {packed}", "", partial(draw_packed_ppo, B, T),
+            {"ours": packed_ppo(advantages), **looped(packed_ppo(reference), "reference")},
+            packed_ppo(reference), bytes=21 * n_packed,
         )  # fmt: skip
         yield Case(
-            f"gae {packed}", partial(draw_packed_gae, B, T),
-            {"ours": packed_gae(advantages), **looped(packed_gae(reference))},
+            f"gae {packed}", "", partial(draw_packed_gae, B, T),
+            {"ours": packed_gae(advantages), **looped(packed_gae(reference), "reference")},
             packed_gae(reference), bytes=17 * n_packed,
         )  # fmt: skip
         yield Case(
-            f"gae, whitened {shape}", partial(draw_gae, B, T),
-            {
-                "ours": whitened(advantages), **looped(plain.gae_whitened),
-                **peers.providers("gae_whitened"),
-            },
+            f"gae, whitened {shape}", "gae_whitened", partial(draw_gae, B, T),
+            {"ours": whitened(advantages), **looped(plain.gae_whitened)},
             whitened(reference), bytes=17 * n,
         )  # fmt: skip
         yield Case(
-            f"whiten {shape}", lambda B=B, T=T: draw_gae(B, T)[1:],
+            f"whiten {shape}", "", lambda B=B, T=T: draw_gae(B, T)[1:],
             {"ours": advantages.whiten, **baselines(plain.whiten, tiny)},
             reference.whiten, bytes=9 * n,
         )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main("advantages", cases, ("ppo_advantages", "gae", "gae_whitened"))
+    main("advantages", cases)

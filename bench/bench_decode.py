@@ -8,10 +8,12 @@ sum in this process.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from bench.bench_iteration import (
+from bench.harness import Results
+from bench.models import (
     MODELS,
     NO_EOS,
     PRECISION,
@@ -21,19 +23,20 @@ from bench.bench_iteration import (
     keys_seen,
     main,
     random_prompts,
-    spread,
     weights,
 )
-from bench.harness import Log, Row, arguments
+from bench.rows import Row
+from bench.timing import spread
 from tetrad.parallel.settings import BYTES, Architecture
 
 CALLS = 3  # timed, after one that warms up
 
 
 @dataclass(frozen=True)
-class Case:
+class Step:
     """Steps of one model on a batch of so many rows."""
 
+    providers: ClassVar = ("ours",)
     model: str
     shape: Architecture
     rows: int
@@ -44,10 +47,6 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.model} {PRECISION} decode B={self.rows} after {self.begin}"
-
-    @property
-    def providers(self) -> Mapping[str, Callable]:
-        return {"ours": measure}
 
     @property
     def begin(self) -> int:
@@ -69,16 +68,16 @@ class Case:
         return self.rows * forward(a, self.begin, end, self.steps, a.vocab_size) // self.steps
 
 
-def cases(tiny: bool) -> Iterator[Case]:
+def cases(tiny: bool) -> Iterator[Step]:
     batches, sizes = ((1, 3), (5, 2, 8)) if tiny else ((1, 16, 64, 256), (128, 8, 32))
     for model, shape in (TINY if tiny else MODELS).items():
         for rows in batches:
-            yield Case(model, shape, rows, *sizes)
+            yield Step(model, shape, rows, *sizes)
 
 
-def measure(cases: Sequence[Case], log: Log) -> Iterator[Row]:
+def measure(cases: Sequence[Step], results: Results) -> Iterator[Row]:
     """What was measured of each case, all of one model, until time is up."""
-    if log.is_late:
+    if results.is_late:
         return
     from tetrad.parallel import device
 
@@ -101,20 +100,19 @@ def measure(cases: Sequence[Case], log: Log) -> Iterator[Row]:
         return time.perf_counter() - began
 
     for case in cases:
-        if log.is_late:
+        if results.is_late:
             return
         times = []
         for _ in range(1 + CALLS):
             prompts = random_prompts(case.shape, case.rows, case.prompt)
             short = seconds(prompts, case.short)
-            times.append((seconds(prompts, case.short + case.steps) - short) / case.steps)
+            times.append(1e3 * (seconds(prompts, case.short + case.steps) - short) / case.steps)
         row = spread(times[1:])
         row |= {"tokens": case.rows, "tokens_s": 1e3 * case.rows / row["ms"]}
         row["gb_s"] = 1e-6 * case.bytes / row["ms"]
-        row["of_read"] = row["gb_s"] / log.rates.read
+        row["of_read"] = row["gb_s"] / results.rates.read
         yield row
 
 
 if __name__ == "__main__":
-    options = arguments("python -m bench.bench_decode")
-    main(cases(options.tiny), measure, Log("decode", options))
+    main("decode", cases, measure)

@@ -6,8 +6,9 @@ from functools import partial
 import torch
 
 from bench import bench_linear_logprob as logprob
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, chunked, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines, chunked, precision
+from bench.harness import main
 from tetrad.kernels import reference
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 
@@ -33,28 +34,23 @@ def true_linear(hidden, weight, ref_hidden, ref_weight):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
-    from_logits = {
-        "ours": exact_kl, **baselines(plain.exact_kl, tiny), **peers.providers("exact_kl")
-    }  # fmt: skip
-    from_hidden = {
-        "ours": linear_exact_kl,
-        **baselines(plain.linear_exact_kl, tiny),
-        **peers.providers("linear_exact_kl"),
-    }
+    dtype, size, bits = precision(tiny)
+    from_logits = {"ours": exact_kl, **baselines(plain.exact_kl, tiny)}
+    from_hidden = {"ours": linear_exact_kl, **baselines(plain.linear_exact_kl, tiny)}
     for backward in False, True:
         for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
-            shape, precision = (N, V, d, dtype), "fp32" if tiny else "bf16"
+            shape = (N, V, d, dtype)
             passes = "forward + backward" if backward else "forward"
             product = 2 * N * V * d
             yield Case(
-                f"logits N={N} V={V} {precision} {passes}", partial(draw, *shape), from_logits,
-                reference.exact_kl, bytes=(5 if backward else 2) * N * V * size,
+                f"logits N={N} V={V} {bits} {passes}", "exact_kl", partial(draw, *shape),
+                from_logits, reference.exact_kl, bytes=(5 if backward else 2) * N * V * size,
                 backward=backward, by_row=True, dtype=dtype,
             )  # fmt: skip
             yield Case(
-                f"hidden N={N} V={V} d={d} {precision} {passes}", partial(draw_linear, *shape),
-                from_hidden, true_linear, bytes=(3 if backward else 2) * (N + V) * d * size,
+                f"hidden N={N} V={V} d={d} {bits} {passes}", "linear_exact_kl",
+                partial(draw_linear, *shape), from_hidden, true_linear,
+                bytes=(3 if backward else 2) * (N + V) * d * size,
                 flops=(4 if backward else 2) * product, gemm=(N, V, d),
                 work={"ours": 6 * product} if backward else {},
                 backward=backward, by_row=not backward, dtype=dtype,
@@ -62,4 +58,4 @@ def cases(tiny: bool) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    main("exact_kl", cases, ("exact_kl", "linear_exact_kl"))
+    main("exact_kl", cases)

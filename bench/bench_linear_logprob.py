@@ -5,14 +5,15 @@ from functools import partial
 
 import torch
 
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, chunked, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines, chunked, precision
+from bench.harness import main
 from tetrad.kernels import reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 
 SHAPES = [  # N tokens, V columns, d
     (8192, 128256, 4096), (8192, 32000, 2048), (8192, 151936, 4096), (8192, 50257, 2048),
-    (8192, 128256, 2048), (8192, 32000, 4096),
+    (8192, 128256, 2048), (8192, 32000, 4096), (8192, 151936, 2048), (8192, 50257, 4096),
 ]  # fmt: skip
 
 
@@ -36,30 +37,28 @@ def truth(hidden, weight, tokens):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
-    rest = {
-        **baselines(plain.linear_token_logprobs, tiny),
-        **peers.providers("linear_token_logprobs"),
-    }
+    dtype, size, bits = precision(tiny)
+    rest = baselines(plain.linear_token_logprobs, tiny)
     forward = {"ours": linear_token_logprobs, "ours, pieces": in_pieces, **rest}
     both = {
         "ours": linear_token_logprobs,
         "ours, save_logits": partial(linear_token_logprobs, save_logits=True),
         **rest,
     }
+    op = "linear_token_logprobs"
     for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
         product, read = 2 * N * V * d, (N + V) * d * size
         shape = {"draw": partial(draw, N, V, d, dtype), "truth": truth, "dtype": dtype}
-        name = f"N={N} V={V} d={d} {'fp32' if tiny else 'bf16'}"
+        name = f"N={N} V={V} d={d} {bits}"
         yield Case(
-            f"{name} forward", providers=forward, bytes=read, flops=product, gemm=(N, V, d),
+            f"{name} forward", op, providers=forward, bytes=read, flops=product, gemm=(N, V, d),
             by_row=True, **shape,
         )  # fmt: skip
         yield Case(
-            f"{name} forward + backward", providers=both, bytes=2 * read, flops=3 * product,
+            f"{name} forward + backward", op, providers=both, bytes=2 * read, flops=3 * product,
             gemm=(N, V, d), work={"ours": 4 * product}, backward=True, **shape,
         )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main("linear_logprob", cases, ("linear_token_logprobs",))
+    main("linear_logprob", cases)

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from bench import bench_linear_logprob as logprob
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines, precision
+from bench.harness import main
 from tetrad.kernels import reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
@@ -40,17 +41,15 @@ def true_cross_entropy(hidden, weight, tokens):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
+    dtype, size, bits = precision(tiny)
     policy = {
         "ours": linear_policy_loss,
         "ours, two ops": in_two_ops,
         **baselines(plain.linear_policy_loss, tiny),
-        **peers.providers("linear_policy_loss"),
     }
     cross_entropy = {
         "ours": linear_cross_entropy,
         **baselines(plain.linear_cross_entropy, tiny),
-        **peers.providers("linear_cross_entropy"),
     }
     for N, V, d in [(16, 1000, 32)] if tiny else SHAPES:
         product = 2 * N * V * d
@@ -59,16 +58,16 @@ def cases(tiny: bool) -> Iterator[Case]:
             "backward": True, "dtype": dtype,
         }  # fmt: skip
         shape = (N, V, d, dtype)
-        name = f"N={N} V={V} d={d} {'fp32' if tiny else 'bf16'} forward + backward"
+        name = f"N={N} V={V} d={d} {bits} forward + backward"
         yield Case(
-            f"policy {name}", partial(draw_policy, *shape), policy, true_policy_loss,
-            work={"ours, two ops": 4 * product}, **common,
+            f"policy {name}", "linear_policy_loss", partial(draw_policy, *shape), policy,
+            true_policy_loss, work={"ours, two ops": 4 * product}, **common,
         )  # fmt: skip
         yield Case(
-            f"cross-entropy {name}", partial(logprob.draw, *shape), cross_entropy,
-            true_cross_entropy, **common,
+            f"cross-entropy {name}", "linear_cross_entropy", partial(logprob.draw, *shape),
+            cross_entropy, true_cross_entropy, **common,
         )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main("linear_loss", cases, ("linear_policy_loss", "linear_cross_entropy"))
+    main("linear_loss", cases)

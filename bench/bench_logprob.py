@@ -5,16 +5,16 @@ from functools import partial
 
 import torch
 
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines, precision
+from bench.harness import main
 from tetrad.kernels import reference
 from tetrad.kernels.logprob import token_logprobs
 
-SHAPES = [  # N tokens, V columns; the first few are what the README shows
-    (N, V)
-    for N in (8192, 1024, 32768)
-    for V in (128256, 32000, 50257, 151936)
-]  # fmt: skip
+# N tokens, V columns: what tells most comes first, for time may be short
+FIRST = [(8192, 128256), (8192, 32000), (1024, 32000), (32768, 151936)]
+ALL = [(N, V) for N in (8192, 1024, 32768) for V in (128256, 32000, 50257, 151936)]
+SHAPES = list(dict.fromkeys([*FIRST, *ALL]))
 
 
 def draw(N: int, V: int, dtype: torch.dtype):
@@ -23,24 +23,23 @@ def draw(N: int, V: int, dtype: torch.dtype):
 
 
 def cases(tiny: bool) -> Iterator[Case]:
-    dtype, size = (torch.float32, 4) if tiny else (torch.bfloat16, 2)
-    for entropy in False, True:
-        name = "token_logprobs" + "_entropy" * entropy
-        providers = {
-            "ours": partial(token_logprobs, entropy=entropy),
-            **baselines(getattr(plain, name), tiny),
-            **peers.providers(name),
-        }
-        truth = partial(reference.token_logprobs, entropy=entropy)
-        for N, V in [(16, 1000)] if tiny else SHAPES:
-            shape = f"N={N} V={V} {'fp32' if tiny else 'bf16'}{' entropy' * entropy}"
+    dtype, size, bits = precision(tiny)
+    plainly = (plain.token_logprobs, plain.token_logprobs_entropy)
+    providers = [
+        {"ours": partial(token_logprobs, entropy=entropy), **baselines(plainly[entropy], tiny)}
+        for entropy in (False, True)
+    ]
+    for N, V in [(16, 1000)] if tiny else SHAPES:
+        for entropy in False, True:
             for backward in False, True:
                 yield Case(
-                    f"{shape} forward{' + backward' * backward}", partial(draw, N, V, dtype),
-                    providers, truth, bytes=(3 if backward else 1) * N * V * size,
+                    f"N={N} V={V} {bits}{' entropy' * entropy} forward{' + backward' * backward}",
+                    "token_logprobs" + "_entropy" * entropy, partial(draw, N, V, dtype),
+                    providers[entropy], partial(reference.token_logprobs, entropy=entropy),
+                    bytes=(3 if backward else 1) * N * V * size,
                     backward=backward, by_row=True, dtype=dtype,
                 )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main("logprob", cases, ("token_logprobs", "token_logprobs_entropy"))
+    main("logprob", cases)

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
-from bench import peers, plain
-from bench.harness import DEVICE, Case, baselines, main
+from bench import plain
+from bench.case import DEVICE, Case, baselines
+from bench.harness import main
 from tetrad.kernels import ppo_loss, reference
 
 SHAPES = [(512, 4096), (64, 1024), (512, 1024)]  # B, T
@@ -25,14 +26,13 @@ def cases(tiny: bool) -> Iterator[Case]:
             providers = {
                 "ours": getattr(ppo_loss, name),
                 **baselines(getattr(plain, name), tiny),
-                **peers.providers(name),
             }
             yield Case(
-                f"{name} B={B} T={T} fp32 forward + backward", partial(draw, B, T), providers,
+                f"{name} B={B} T={T} fp32 forward + backward", name, partial(draw, B, T), providers,
                 getattr(reference, name), backward=True,
                 bytes=17 * B * T,  # three inputs and a mask in, a gradient out
             )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main("ppo_loss", cases, ("policy_loss", "value_loss"))
+    main("ppo_loss", cases)

@@ -2,8 +2,8 @@
 
 OLD and NEW are result files of one bench, or folders of them, as bench/results/<gpu>. Exits 1 when
 a row of ours became slower, by more than the tolerance and beyond both spreads, needs more memory
-or errs more, or was measured in OLD and is not in NEW; 2 when the two cannot be compared. Rows of
-others never fail: they show what the machine does by itself.
+or launches, errs more, or was measured in OLD and is not in NEW (unless NEW's time was out); 2 when
+the two cannot be compared. Rows of others never fail: they show what the machine does by itself.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import Row, load
+from bench.rows import Row, is_ours, load
 
 SMALL_MB = 0.01  # the allocator rounds up to 512 bytes: growth below this is no growth
 SMALL_ERROR = 1e-6  # a few roundings of fp32: errors below this are the same error
@@ -22,9 +22,12 @@ Rows = dict[tuple[str, str, str], Row]  # by bench, case and provider
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m bench.compare")
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
+    about = "What changed between two runs on one GPU. Exits 1 when something of ours became worse."
+    parser = argparse.ArgumentParser("python -m bench.compare", description=about)
+    parser.add_argument(
+        "old", type=Path, help="a result file, or a folder such as bench/results/GPU"
+    )
+    parser.add_argument("new", type=Path, help="the same of a later run")
     parser.add_argument("--tolerance", type=float, default=0.05, help="relative [%(default)s]")
     options = parser.parse_args(arguments)
     try:
@@ -37,14 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, failed = [], 0
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key, {}), new.get(key, {})
-        is_ours = key[2].startswith("ours")
         worse = worsened(a, b, options.tolerance)
-        failed += bool(is_ours and worse)
+        failed += bool(worse and is_ours(key[2]))
         if changed := worse or changes(a, b, options.tolerance):
-            mark = "WORSE: " if is_ours and worse else ""
+            mark = "WORSE: " if worse and is_ours(key[2]) else ""
             lines.append((", ".join(key), *figures(a, b), mark + ", ".join(changed)))
     show([("case", "ms", "MB", "error", ""), *lines] if lines else [])
-    print(f"{len({*old, *new}) - len(lines)} rows are as before, {len(lines)} changed")
+    added = len(set(new) - set(old))
+    print(f"{len(old) - len(lines)} rows are as before, {len(lines)} changed, {added} are new")
     print(others_moved(before, after), end="")
     print(f"{failed} of ours became worse" if failed else "none of ours became worse")
     return int(bool(failed))
@@ -54,7 +57,7 @@ def files(path: Path) -> dict[str, dict[str, Any]]:
     """Contents by bench. Raises ValueError with what is wrong in one line."""
     paths = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not paths:
-        raise ValueError(f"{path} holds no result files")
+        raise ValueError(f"{path} holds no result files; a folder is that of one GPU")
     return {bench_of(p, content): content for p in paths for content in [load(p)]}
 
 
@@ -87,13 +90,15 @@ def worsened(a: Row, b: Row, tolerance: float) -> list[str]:
     if "ms" not in a:
         return []
     if "ms" not in b:
-        return [f"not measured now: {b.get('not_measured', 'not in the file')}"]
+        reason = b.get("not_measured", "not in the file")
+        return [] if reason == "out of time" else [f"not measured now: {reason}"]
     more = 1 + tolerance
     slower = b["ms"] > more * a["ms"]
     beyond_spreads = b.get("ms_p20", b["ms"]) > a.get("ms_p80", a["ms"])
     tests = {
         "slower": slower and beyond_spreads,
         "more memory": grew(a, b, "peak_mb", more, SMALL_MB),
+        "more launches": grew(a, b, "launches", 1, 0),
         "larger error": grew(a, b, "error", 2, SMALL_ERROR),
     }
     return [what for what, is_so in tests.items() if is_so]
@@ -106,10 +111,10 @@ def grew(a: Row, b: Row, key: str, times: float, small: float) -> bool:
 
 def changes(a: Row, b: Row, tolerance: float) -> list[str]:
     """What else is to be shown: what became better, what is within the spreads, what is new."""
-    if not a:
-        return ["new"]
     if "ms" not in a:
-        return ["measured now"] if "ms" in b else []
+        return ["measured now"] if a and "ms" in b else []
+    if "ms" not in b:
+        return [b["not_measured"]]
     more = 1 + tolerance
     if b["ms"] > more * a["ms"]:
         return ["slower within the spreads"]

@@ -69,6 +69,7 @@ def _version(peer: str) -> str:
 
 def _adapts(op: str, provider: str, *sources: str) -> Callable[[Callable], Callable]:
     """Register an adaptor: it takes what is found at each source "module:name", then the inputs."""
+    assert provider.split(",")[0] in PACKAGES, f"{provider} has no distribution in PACKAGES"
 
     def register(adaptor: Callable) -> Callable:
         def importing() -> Callable:

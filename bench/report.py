@@ -38,7 +38,9 @@ COPY_TB_S, GEMM_TFLOP_S = 4.3, 790  # assumed of an H200, where nothing is measu
 def main(
     arguments: Sequence[str] | None = None, root: Path = ROOT, benches: Benches | None = None
 ) -> int:
-    parser = argparse.ArgumentParser("python -m bench.report")
+    parser = argparse.ArgumentParser(
+        "python -m bench.report", description="Tables and figures from the result files."
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if out of date")
     check = parser.parse_args(arguments).check
     results, readme = root / "bench/results", root / "README.md"
@@ -79,6 +81,8 @@ def ms(row: Row) -> str:
     if "ms" not in row:
         return f"not measured: {row['not_measured']}"
     spread = [number(row[key]) for key in ("ms_p20", "ms_p80") if key in row]
+    if row.get("calls") == 1:
+        spread = ["one call"]
     return number(row["ms"]) + (f" ({'–'.join(spread)})" if spread else "")
 
 
@@ -109,6 +113,7 @@ def cells(row: Row, base: Row) -> dict[str, str]:
         "MB predicted": number(row.get("predicted_mb")),
         "tokens/s": number(row.get("tokens_s")),
         "launches": number(row.get("launches")),
+        "GPU µs in them": number(row.get("gpu_us")),
         "host µs": number(row.get("host_us")),
         "in place": {True: "yes", False: "no", None: "-"}[row.get("in_place")],
     }
@@ -143,7 +148,7 @@ def estimated_table(groups: Sequence[Group]) -> str:
             "case": row["case"] if row is group[0] else "", "provider": row["provider"],
             "ms": "not measured", "MB, at least": number(row["bytes"] / 1e6 or None),
             "GFLOP, at least": number(row["flops"] / 1e9 or None),
-            "floor, ms (estimate)": floor_ms(row),
+            "estimate of the least, ms": floor_ms(row),
         }
         for group in groups for row in group
     ])  # fmt: skip
@@ -152,16 +157,18 @@ def estimated_table(groups: Sequence[Group]) -> str:
 # Pages.
 
 NOTHING = "No speed has been measured on a GPU yet."
-ESTIMATE = f"""The floor is an estimate for an H200, not a result: the least bytes at an assumed
-{COPY_TB_S} TB/s, or the least FLOPs at {GEMM_TFLOP_S} TFLOP/s, whichever takes longer."""
+ESTIMATE = f"""The estimate is arithmetic for an H200, not a result: the least bytes that the case
+must move at an assumed {COPY_TB_S} TB/s, or its least FLOPs at {GEMM_TFLOP_S} TFLOP/s,
+whichever takes longer."""
 LEGEND = """
 A row is a provider of a case. *ms* is the median of calls that follow one another on the GPU, with
 the 20th and 80th percentile. *x of ours* is its time over ours: below 1 it is **faster**. *Of the
 same-run rate*: the least bytes of the case per second over those of a device copy, and of a sum,
 which only reads; or its least FLOPs per second over those of cuBLAS in the same shape, all in one
 process. "With what it repeats" counts the FLOPs that the provider does. *Error* is the largest
-||result - truth|| / ||truth|| against float64. *MB* is the peak beyond the inputs, *host µs* what
-a call takes on the host, *in place* that it overwrites an input. A dash: no figure.
+||result - truth|| / ||truth|| against float64. *MB* is the peak beyond the inputs, *launches* are
+kernels, fills and copies, *host µs* is what a call keeps the host, *in place* that it overwrites an
+input. A dash: no figure. More: [docs/bench.md](../../docs/bench.md).
 """
 
 
@@ -260,15 +267,17 @@ def headline(bench: str, group: Group, files: Files, path: str) -> dict[str, str
     base, best = ours(group), next(iter(others(group)), None)
     missing = "" if "ms" in base else "not measured"
     other = f"{best['provider']} {number(best['ms'])}" if best else missing or "-"
-    row = {
-        "op and case": f"[{bench}](bench/bench_{bench}.py), {group[0]['case']}",
+    case = f"[{bench}](bench/bench_{bench}.py), {group[0]['case']}"
+    if not files:
+        floor = floor_ms(base)
+        return {"op and case": case, "ours, ms": missing, "estimate of the least, ms": floor}
+    return {
+        "op and case": case,
         "ours, ms": missing or number(base["ms"]),
         "of the same-run rate": missing or rate(base),
         "fastest other, ms": f"**{other}**" if faster(group) else other,
+        "file": f"[{bench}.json]({path})" if bench in files else "-",
     }
-    if not files:
-        return row | {"floor, ms (estimate)": floor_ms(base)}
-    return row | {"file": f"[{bench}.json]({path})" if bench in files else "-"}
 
 
 def with_marked(page: Path, text: str) -> str:

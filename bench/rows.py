@@ -12,11 +12,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # The benches in the order of their weight; of the time that one command has, so much each.
 SHARES = {
-    "logprob": 4, "linear_logprob": 3, "linear_loss": 2, "advantages": 2, "ppo_loss": 1,
-    "iteration": 6, "decode": 3, "exact_kl": 2, "kl": 1, "ranking": 1,
+    "logprob": 4, "linear_logprob": 4, "linear_loss": 3, "advantages": 2, "ppo_loss": 1,
+    "iteration": 8, "decode": 3, "exact_kl": 2, "kl": 1, "ranking": 1,
 }  # fmt: skip
 NO_RUN = "no run yet"
-Row = dict[str, Any]
+Row = dict[str, Any]  # "case", "provider", and "ms" with more, or "not_measured"
 Group = list[Row]  # the rows of one case, ours first
 Tables = Mapping[str, Sequence[Group]]  # by bench
 Benches = Mapping[str, Sequence[Any]]  # cases by bench
@@ -39,6 +39,8 @@ def all_cases() -> Benches:
 
 def load(path: Path) -> dict[str, Any]:
     """A result file. Raises ValueError, which names it, when it is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         content = json.loads(path.read_text())
         where, rows = content["where"], content["rows"]
@@ -78,7 +80,7 @@ def tables_of(files: Files, benches: Benches) -> Tables:
                     "case": case.name, "provider": provider, "bytes": case.bytes,
                     "flops": case.flops, "not_measured": NO_RUN,
                 }
-                for provider in case.providers if provider.startswith("ours")
+                for provider in case.providers if is_ours(provider)
             }  # fmt: skip
         for row in files[bench]["rows"] if bench in files else ():
             groups.setdefault(row["case"], {})[row["provider"]] = row
@@ -86,15 +88,20 @@ def tables_of(files: Files, benches: Benches) -> Tables:
     return tables
 
 
+def is_ours(provider: str) -> bool:
+    """Our op as it comes, or a variant of it: "ours, save_logits"."""
+    return provider.startswith("ours")
+
+
 def ours(group: Group) -> Row:
     """What the others are compared with: our op as it comes, before variants of it."""
-    mine = (row for row in group if row["provider"].startswith("ours"))
+    mine = (row for row in group if is_ours(row["provider"]))
     return next(mine, {"not_measured": NO_RUN})
 
 
 def others(group: Group) -> Group:
     """The measured rows that are not ours, the fastest first."""
-    rows = [row for row in group if "ms" in row and not row["provider"].startswith("ours")]
+    rows = [row for row in group if "ms" in row and not is_ours(row["provider"])]
     return sorted(rows, key=lambda row: row["ms"])
 
 

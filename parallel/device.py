@@ -7,7 +7,7 @@ trees of its modules while they are imported, so that they name the CPU; torch i
     torch.cuda  ->  `cuda` below            x.is_cuda  ->  True
     x.cuda(), x.pin_memory(), x.record_stream()  ->  x        pin_memory=True  ->  False
 
-Where CUDA is present `install` changes nothing.
+Where CUDA is present `install` rewrites nothing.
 """
 
 import ast
@@ -63,10 +63,14 @@ def apex_norms():
 
 
 def install() -> None:
-    """Adapt megatron.core to this machine. Call it before anything imports megatron.core."""
+    """Adapt megatron.core to this machine, and have PyTorch do without cuDNN's attention. Call it
+    before anything imports megatron.core."""
     warnings.filterwarnings("ignore", module="megatron")  # five remarks on packages not installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message=".*(tp_group|Apex|Transformer Engine).*")
+    # which PyTorch prefers on Hopper and Blackwell: it plans anew for every shape, for up to half a
+    # second, and while we sample the cache has another shape at each step
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available() or installed():
         return
     logging.getLogger(f"{PACKAGE}.tensor_parallel.random").setLevel(logging.ERROR)  # every dropout

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from torch import nn
 
-from tetrad.parallel import checkpoint
+from tetrad.parallel import checkpoint, device
 from tetrad.parallel.checkpoint import write_text
 from tetrad.parallel.colocate import Memory
 from tetrad.parallel.engine import Engine
@@ -239,3 +239,23 @@ def train(
     checkpoint.finish()
     metrics.close()
     return last == steps
+
+
+class Clock:
+    """Seconds of the phases of a step, as this rank sees them. A phase ends where the next begins,
+    when the GPU has done what was launched in it."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, float]] = []
+
+    def enter(self, phase: str) -> None:
+        device.synchronize()
+        self.begun.append((phase, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """seconds/PHASE for each; the last one ends now."""
+        self.enter("")
+        return {
+            f"seconds/{phase}": end - start
+            for (phase, start), (_, end) in zip(self.begun, self.begun[1:])
+        }

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from tetrad.parallel import device
 from tetrad.parallel.checkpoint import write_text
 
 
@@ -53,26 +51,6 @@ class Metrics:
             self.bar.close()
             self.board.close()
             self.file.close()
-
-
-class Clock:
-    """Seconds of the phases of a step, as this rank sees them. A phase ends where the next begins,
-    when the GPU has done what was launched in it."""
-
-    def __init__(self) -> None:
-        self.begun: list[tuple[str, float]] = []
-
-    def enter(self, phase: str) -> None:
-        device.synchronize()
-        self.begun.append((phase, time.perf_counter()))
-
-    def seconds(self) -> dict[str, float]:
-        """seconds/PHASE for each; the last one ends now."""
-        self.enter("")
-        return {
-            f"seconds/{phase}": end - start
-            for (phase, start), (_, end) in zip(self.begun, self.begun[1:])
-        }
 
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:

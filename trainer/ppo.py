@@ -24,8 +24,8 @@ from tetrad.parallel.settings import Architecture
 from tetrad.parallel.topology import Topology, arrange, generator
 from tetrad.trainer import config
 from tetrad.trainer.data import read, tokenize_prompts, tokenize_text
-from tetrad.trainer.loop import Source, batches, build_role, log, source_of, start, train
-from tetrad.trainer.metrics import Clock, read_metrics, write_summary
+from tetrad.trainer.loop import Clock, Source, batches, build_role, log, source_of, start, train
+from tetrad.trainer.metrics import read_metrics, write_summary
 from tetrad.trainer.planning import choose, forecast, longest_prompt, run_of
 from tetrad.trainer.rollout import Episodes, rollout
 
@@ -58,7 +58,7 @@ def iteration(
         scores = torch.where(episodes.ended.to(scores.device), scores, cfg.no_eos_score)
     old_values = roles.critic.values(batch)
 
-    clock.enter("judge")  # charge for KL at every token, add the score at the last one; advantages
+    clock.enter("judge")  # advantages, of the score less what KL to the reference costs
     mask, cu_seqlens = (x.to(scores.device) for x in (batch.response_mask, batch.cu_seqlens))
     judged = ppo_advantages(
         scores, old_logprobs, ref_logprobs, old_values, mask,

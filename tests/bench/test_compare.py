@@ -9,7 +9,7 @@ from bench.compare import main
 
 ROW = {
     "case": "N=8 forward", "provider": "ours", "ms": 1.0, "ms_p20": 0.98, "ms_p80": 1.02,
-    "peak_mb": 100.0, "error": 1e-3,
+    "peak_mb": 100.0, "error": 1e-3, "launches": 3,
 }  # fmt: skip
 WHERE = {
     "gpu": "NVIDIA H200", "command": "python -m bench.bench_gather",
@@ -42,7 +42,7 @@ def compared(tmp_path, capsys):
 
 def test_what_is_as_before_is_not_shown(compared) -> None:
     assert compared([{}], [slower(1.04)]) == (
-        0, "1 rows are as before, 0 changed\nnone of ours became worse\n"
+        0, "1 rows are as before, 0 changed, 0 are new\nnone of ours became worse\n"
     )  # fmt: skip
 
 
@@ -51,6 +51,7 @@ WORSE = [
     (slower(1.06), "1 -> 1.06 (1.06x)  100 -> 100  0.001 -> 0.001  WORSE: slower"),
     ({"peak_mb": 106.0}, "WORSE: more memory"),
     ({"error": 2.1e-3}, "WORSE: larger error"),
+    ({"launches": 4}, "WORSE: more launches"),
 ]
 
 
@@ -98,6 +99,9 @@ def test_ours_may_not_vanish(compared) -> None:
     failed = {"ms": None, "not_measured": "out of memory"}
     status, output = compared([{}], [failed])
     assert status == 1 and "WORSE: not measured now: out of memory" in output
+    late = {"ms": None, "not_measured": "out of time"}
+    status, output = compared([{}], [late])
+    assert status == 0 and "out of time" in output
     status, output = compared([{}], [])
     assert status == 1 and "WORSE: not measured now: not in the file" in output
     assert compared([{}, {"provider": "trl"}], [{}, failed | {"provider": "trl"}])[0] == 0
@@ -109,7 +113,7 @@ def test_what_was_not_measured_before_cannot_be_worse(compared) -> None:
     assert status == 0 and "measured now" in output
     assert compared([failed], [failed])[0] == 0
     status, output = compared([{}], [{}, {"case": "N=9 forward"}])
-    assert status == 0 and "gather, N=9 forward, ours" in output and "new" in output
+    assert status == 0 and output.startswith("1 rows are as before, 0 changed, 1 are new\n")
 
 
 def test_others_that_all_moved_alike_are_the_machine(compared) -> None:
@@ -137,7 +141,7 @@ def test_folders_are_joined_by_bench(tmp_path, capsys) -> None:
     assert main([str(tmp_path / "old"), str(tmp_path / "new")]) == 1
     output = capsys.readouterr().out
     assert "linear, N=8 forward, ours  1 -> 2 (2.00x)" in output
-    assert "later, N=8 forward, ours" in output and "gather," not in output
+    assert "1 rows are as before, 1 changed, 1 are new" in output and "gather," not in output
 
 
 def test_what_cannot_be_compared_is_2_and_one_line(tmp_path, capsys) -> None:
@@ -145,7 +149,7 @@ def test_what_cannot_be_compared_is_2_and_one_line(tmp_path, capsys) -> None:
     (tmp_path / "broken.json").write_text('{"rows": ')
     (tmp_path / "empty").mkdir()
     others = {
-        tmp_path / "none.json": "No such file",
+        tmp_path / "none.json": "no such file",
         tmp_path / "broken.json": "JSONDecodeError",
         tmp_path / "empty": "holds no result files",
         write(tmp_path / "a100.json", {}, gpu="NVIDIA A100"): "different GPUs: NVIDIA H200 before,",

@@ -1,18 +1,18 @@
 """The benches of the program itself: what they count, by hand; what they report, at tiny size."""
 
 import gc
-import math
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from bench import bench_decode, bench_iteration
-from bench.bench_iteration import attempted, forward, spread, weights
-from bench.harness import Log
+from bench import bench_decode, bench_iteration, models
+from bench.harness import Results
+from bench.models import MODELS, attempted, forward, weights
+from bench.timing import spread
 from tests.forked_world import run_world
 from tetrad.parallel import device
 from tetrad.parallel.plan import Role, elements
@@ -36,7 +36,7 @@ def test_flops_of_a_forward_pass_by_hand() -> None:
 
 def test_flops_of_the_phases_by_hand() -> None:
     """Two episodes of a prompt of one token and a response of two."""
-    case = bench_iteration.Case("model", SHAPE, "iteration", 2, 1, 2, 2)
+    case = bench_iteration.Phase("model", SHAPE, "iteration", 2, 1, 2, 2)
     language, critic, reward = 1776, 1440 + 176 + 16, 1440 + 176 + 8
     flops = {
         "rollout": 2 * (2 * 2 * 240 + 16 * 6 + 160),  # the last token is not read
@@ -51,15 +51,15 @@ def test_flops_of_the_phases_by_hand() -> None:
 
 def test_a_decoding_step_by_hand() -> None:
     """Two rows, two steps behind two tokens, of which one is in the cache when the first begins."""
-    case = bench_decode.Case("model", SHAPE, rows=2, prompt=1, short=1, steps=2)
+    case = bench_decode.Step("model", SHAPE, rows=2, prompt=1, short=1, steps=2)
     seen = (2 + 3) + (2 + 2)  # by the two queries of a row, that is by a query of each row
     assert case.bytes == 2 * (240 + 10 * 4 + 2 * seen * 2)  # keys and values of 2 channels
     assert case.flops == 2 * 2 * 240 + 16 * seen + 2 * 2 * 4 * 10
 
 
-@pytest.mark.parametrize("name", bench_iteration.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_weights_are_the_matrices_of_the_plan(name) -> None:
-    a = bench_iteration.MODELS[name]
+    a = MODELS[name]
     planned = elements(Role(a, "language", Layout()), 0)
     planned -= (a.padded_vocab(1) + a.max_length) * a.hidden_size
     assert 0 <= planned - weights(a) < 0.002 * planned  # biases and norms
@@ -77,20 +77,24 @@ def test_cases_of_a_gpu() -> None:
     assert len({case.name for case in (*iteration, *decode)}) == len(iteration) + len(decode)
 
 
-def run(name: str, folder: Path, seconds: float = math.inf) -> list[dict]:
+def results_of(name: str, *arguments: str) -> Results:
+    with mock.patch.object(sys, "argv", [name, "--tiny", *arguments]):
+        return Results(name)
+
+
+def run(name: str, folder: Path, *arguments: str) -> list[dict]:
     """The rows of a bench, in a process that ends with it."""
-    return run_world(1, tiny, name, folder, seconds)[0]
+    return run_world(1, tiny, name, folder, arguments)[0]
 
 
-def tiny(name: str, folder: Path, seconds: float) -> list[dict]:
+def tiny(name: str, folder: Path, arguments: tuple[str, ...]) -> list[dict]:
     from tetrad.parallel.engine import Engine
 
     bench = BENCHES[name]
-    log = Log(name, Namespace(tiny=True, seconds=seconds, out=folder))
-    bench_iteration.main(bench.cases(True), bench.measure, log)
-    assert list(folder.glob(f"*/{name}.json"))
+    results = results_of(name, "--out", str(folder), *arguments)
+    models.add_rows(bench.cases(True), bench.measure, results)
     assert not any(isinstance(x, Engine) for x in gc.get_objects())  # room for the next model
-    return log.rows
+    return results.content["rows"]
 
 
 COMMON = {"case", "provider", "bytes", "flops", "ms", "ms_p20", "ms_p80", "calls", "tokens"}
@@ -122,7 +126,7 @@ def test_decoding_is_measured(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", BENCHES)
 def test_when_time_is_up_all_is_listed_and_nothing_failed(name, tmp_path) -> None:
-    rows = run(name, tmp_path, seconds=-1)
+    rows = run(name, tmp_path, "--until", "0")
     assert {row["not_measured"] for row in rows} == {"out of time"}
     assert len(rows) == len(list(BENCHES[name].cases(True)))
 
@@ -132,26 +136,27 @@ def test_what_fails_says_why_and_the_next_model_is_measured(tmp_path) -> None:
     cases += [replace(case, model="next") for case in cases]
 
     def measure(cases, log):
-        yield spread([0.5])
+        yield spread([500.0])
         if cases[0].model != "next":
             raise RuntimeError("it broke\nin many lines")
-        yield spread([1.0, 3.0, 2.0])
+        yield spread([1000.0, 3000.0, 2000.0])
 
-    log = Log("decode", Namespace(tiny=True, seconds=math.inf, out=tmp_path))
-    with pytest.raises(SystemExit) as ended:
-        bench_iteration.main(cases, measure, log)
-    assert ended.value.code == 1
-    found = [row.get("not_measured", row.get("ms")) for row in log.rows]
+    results = results_of("decode", "--out", str(tmp_path))
+    models.add_rows(cases, measure, results)
+    rows = results.content["rows"]
+    found = [row.get("not_measured", row.get("ms")) for row in rows]
     assert found == [500, "RuntimeError: it broke", 500, 2000]
-    assert [log.rows[3][key] for key in ("ms_p20", "ms_p80", "calls")] == [1000, 3000, 3]
-    assert len(list(attempted(cases[:2], lambda *_: iter(()), log))) == 2
+    assert [rows[3][key] for key in ("ms_p20", "ms_p80", "calls")] == [1000, 3000, 3]
+    with pytest.raises(SystemExit) as ended:
+        results.close()
+    assert ended.value.code == 1
+    assert len(list(attempted(cases[:2], lambda *_: iter(()), results))) == 2
 
 
-def test_without_megatron_all_is_listed_and_nothing_failed(tmp_path) -> None:
+def test_without_megatron_all_is_listed_and_nothing_failed() -> None:
     """Cases are found without it, nor the trainer."""
     code = """if True:
-        import json, runpy, sys
-        from pathlib import Path
+        import runpy, sys
 
         class Absent:
             def find_spec(self, name, path=None, target=None):
@@ -165,9 +170,7 @@ def test_without_megatron_all_is_listed_and_nothing_failed(tmp_path) -> None:
         assert not any(m.startswith("tetrad.trainer") for m in sys.modules)
         for bench in (bench_decode, bench_iteration):
             runpy.run_module(bench.__name__, run_name="__main__", alter_sys=False)
-        files = [json.loads(path.read_text()) for path in Path(sys.argv[-1]).glob("*/*.json")]
-        reasons = [row["not_measured"] for file in files for row in file["rows"]]
-        assert reasons == ["No module named 'megatron'"] * 7, reasons
     """
-    command = [sys.executable, "-W", "ignore", "-c", code, "--tiny", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True)
+    command = [sys.executable, "-W", "ignore", "-c", code, "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.count("not measured: No module named 'megatron'\n") == 7

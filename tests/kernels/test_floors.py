@@ -4,14 +4,14 @@ import importlib
 
 import pytest
 
-from bench.harness import Case, forward, gradients, upstream
+from bench.case import Case, forward, gradients, upstream
 from tests.conftest import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counting needs TRITON_INTERPRET=1")
 
 # Where our kernels move more than the floor, per token: whitening reads twice what it writes once.
 # What remains, up to 5 %, are results per row and partial sums, which sizes in earnest do not show.
-MORE = {"ppo_advantages": 38 / 29, "whiten": 14 / 9, "gae, whitened": 31 / 17}
+MORE = {"ppo_advantages": 38 / 21, "whiten": 14 / 9, "gae, whitened": 31 / 17}
 BENCHES = ("advantages", "exact_kl", "kl", "logprob", "ppo_loss")  # without matrix products
 CASES = [
     pytest.param(case, id=case.name)

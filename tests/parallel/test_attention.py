@@ -132,6 +132,11 @@ def test_flash_attn_is_taken_when_it_is_installed(monkeypatch) -> None:
     assert attend is not None and name.startswith("varlen_attn of PyTorch")
 
 
+def test_cudnn_is_not_asked() -> None:
+    """It would plan anew for each length of the cache (see `device.install`)."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_a_pack_is_padded_by_a_sequence_of_its_own() -> None:
     p = Packing([3, 2], torch.tensor([2, 4]), where=CPU, multiple=4)
     assert p.queries == [3, 2, 3] and p.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bench import peers
-from bench.harness import Case, error_of, true_results
+from bench.case import Case, error_of, true_results
 from tetrad.kernels import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -168,7 +168,7 @@ def check(op: str, provider: str, dtype: torch.dtype, inputs: list[Tensor], back
     """As the benchmarks do; `error_of` raises what is wrong, and lets what is coarse pass."""
     if provider in KERNELS and not INTERPRETED:
         pytest.skip("a kernel: TRITON_INTERPRET=1 runs it")
-    case = Case(op, DRAW[op], {}, truth(op, provider), bytes=0, backward=backward, dtype=dtype)
+    case = Case(op, op, DRAW[op], {}, truth(op, provider), bytes=0, backward=backward, dtype=dtype)
     error = error_of(case, peers.providers(op)[provider], inputs, true_results(case, inputs))
     assert error <= (0.02 if dtype == torch.bfloat16 else 1e-4)
 

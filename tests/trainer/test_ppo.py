@@ -8,7 +8,7 @@ from tetrad.kernels.ppo_loss import policy_loss
 from tetrad.parallel import device
 from tetrad.parallel.generate import Samples
 from tetrad.parallel.packed import pack_text
-from tetrad.trainer import config, metrics, ppo, rollout
+from tetrad.trainer import config, loop, ppo, rollout
 
 OLD = torch.tensor([-1.0, -2.0, -0.5])  # log-probs of the three response tokens
 REF = torch.tensor([-1.5, -1.0, -0.5])
@@ -108,8 +108,8 @@ def test_a_phase_ends_where_the_next_begins_and_the_device_is_done(monkeypatch) 
     events = []
     times = iter([1.0, 3.0, 7.5])
     monkeypatch.setattr(device, "synchronize", lambda: events.append("wait"))
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: events.append("look") or next(times))
-    clock = metrics.Clock()
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: events.append("look") or next(times))
+    clock = loop.Clock()
     clock.enter("rollout")
     clock.enter("score")
     assert clock.seconds() == {"seconds/rollout": 2.0, "seconds/score": 4.5}
