@@ -107,6 +107,12 @@ def test_ours_may_not_vanish(compared) -> None:
     assert compared([{}, {"provider": "trl"}], [{}, failed | {"provider": "trl"}])[0] == 0
 
 
+def test_a_megabyte_counts(compared) -> None:
+    """And less than a block of the allocator does not."""
+    assert compared([{"peak_mb": 1.0}], [{"peak_mb": 2.0}])[0] == 1
+    assert compared([{"peak_mb": 0.001}], [{"peak_mb": 0.009}])[0] == 0
+
+
 def test_what_was_not_measured_before_cannot_be_worse(compared) -> None:
     failed = {"ms": None, "not_measured": "out of memory"}
     status, output = compared([failed], [{}])
@@ -128,6 +134,8 @@ def test_others_that_all_moved_alike_are_the_machine(compared) -> None:
     assert line in said(1.1, 1.2)
     assert "became faster (median 0.85x)" in said(0.8, 0.9)
     assert "all" not in said(1.1, 0.9) and "all" not in said(1.1)
+    newer_triton = {"torch": "2.11.0", "liger-kernel": "0.6", "triton": "3.7"}
+    assert "all" not in said(1.1, 1.2, versions=newer_triton)  # nobody is who he was
     newer_liger = {"torch": "2.11.0", "liger-kernel": "0.7"}
     assert "all" not in said(1.1, 1.2, versions=newer_liger)  # one row is left
     assert "all" not in said(1.1, 1.2, versions=WHERE["versions"] | {"torch": "2.12.0"})

@@ -359,12 +359,14 @@ def test_inputs_and_results_rotate_through_four_times_the_cache(cuda) -> None:
     def ours(x):
         cuda.ms += 1
         seen.append(x.data_ptr())
-        made.append((2 * x).data_ptr())
-        return 2 * x
+        y = 2 * x
+        made.append(y.data_ptr())
+        return y
 
     case = Case("", "", lambda: (torch.randn(10_000),), {}, ours, bytes=1)  # 40 kB of 400
     timing.speed(case, ours, case.draw())
     assert len(set(seen)) == 10 and seen[-20:-10] == seen[-10:]
+    assert len(set(made[-10:])) == 10
 
 
 def test_the_timed_call_goes_on_to_the_gradients(cuda) -> None:
