@@ -187,7 +187,7 @@ def measured(case: Case, results: Results) -> Iterator[Row]:
         except Exception as problem:  # whatever a peer does, the rest is to be measured
             row["not_measured"] = reason_of(problem)
             results.lost = lost_to(provider)
-        if row.get("in_place", True):
+        if row.get("in_place") or "not_measured" in row:
             inputs = truth = None  # drawn anew for the next provider
         if CUDA and not results.lost:
             torch.cuda.empty_cache()  # what one provider held in reserve, another may need whole

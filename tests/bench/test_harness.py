@@ -147,6 +147,21 @@ def test_who_overwrites_its_input_is_named_and_the_next_gets_a_fresh_one(log) ->
     assert seen["ours"]["error"] < 1e-7
 
 
+def test_what_a_failure_leaves_behind_reaches_no_other(log) -> None:
+    """A peer that is right once, and then runs out of memory with half a gradient made."""
+    calls = []
+
+    def greedy(x):
+        calls.append(1)
+        if len(calls) > 1:
+            x.grad = torch.ones_like(x)
+            raise torch.OutOfMemoryError
+        return 2 * x
+
+    seen = rows(doubling(greedy=greedy, ours=lambda x: 2 * x), log)
+    assert seen["greedy"]["not_measured"] == "out of memory" and "ms" in seen["ours"]
+
+
 def test_what_a_lost_gpu_leaves_is_not_blamed_on_ours(log, monkeypatch) -> None:
     """After an illegal access of a peer every call fails."""
 
