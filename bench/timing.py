@@ -102,18 +102,26 @@ def profiled(once: Callable[[], object]) -> Row:
     once()
     torch.cuda.synchronize()
     row: Row = {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        once()
-        torch.cuda.synchronize()
-    seen = [
+    if seen := _on_the_gpu(once):
+        gpu_us = sum(event.time_range.elapsed_us() for event in seen)
+        row |= {"launches": len(seen), "gpu_us": gpu_us}
+    return row
+
+
+def _on_the_gpu(once: Callable[[], object]) -> list[Any]:
+    """The profiler's events of what the GPU did in a call; none where it cannot read the device,
+    as in some containers: a dash in the table, and no reason to lose the times."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            once()
+            torch.cuda.synchronize()
+    except (AssertionError, RuntimeError):
+        return []
+    return [
         event for event in profile.events() or ()
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
     ]  # fmt: skip
-    if seen:  # none where the profiler cannot read the device
-        gpu_us = sum(event.time_range.elapsed_us() for event in seen)
-        row |= {"launches": len(seen), "gpu_us": gpu_us}
-    return row
 
 
 def fractions(case: Case, provider: str, ms: float, rates: "Rates") -> Row:

@@ -368,6 +368,14 @@ def test_launches_and_memory_of_a_gpu(cuda) -> None:
     assert row == {"peak_mb": 2.0, "launches": 2, "gpu_us": 6.0}
 
 
+def test_without_a_profiler_there_are_times_and_memory(cuda, monkeypatch) -> None:
+    def broken(activities):
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES")
+
+    monkeypatch.setattr(torch.profiler, "profile", broken)
+    assert timing.profiled(lambda: None) == {"peak_mb": 2.0}
+
+
 def test_inputs_and_results_rotate_through_four_times_the_cache(cuda) -> None:
     seen, made = [], []
 
