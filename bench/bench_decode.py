@@ -69,7 +69,7 @@ class Step:
 
 
 def cases(tiny: bool) -> Iterator[Step]:
-    batches, sizes = ((1, 3), (5, 2, 8)) if tiny else ((1, 16, 64, 256), (128, 8, 32))
+    batches, sizes = ((1, 3), (5, 2, 8)) if tiny else ((64, 1, 16, 256), (128, 8, 32))
     for model, shape in (TINY if tiny else MODELS).items():
         for rows in batches:
             yield Step(model, shape, rows, *sizes)
