@@ -77,11 +77,6 @@ def cases(tiny: bool) -> Iterator[Step]:
 
 def measure(cases: Sequence[Step], results: Results) -> Iterator[Row]:
     """What was measured of each case, all of one model, until time is up."""
-    if results.is_late:
-        return
-    from tetrad.parallel import device
-
-    device.install()  # before anything imports megatron.core
     from tetrad.parallel.generate import generate
     from tetrad.parallel.topology import initialize
     from tetrad.trainer import config

@@ -75,11 +75,6 @@ def cases(tiny: bool) -> Iterator[Phase]:
 
 def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
     """What was measured of each case, all of one model."""
-    if results.is_late:
-        return
-    from tetrad.parallel import device
-
-    device.install()  # before anything imports megatron.core
     from tetrad.parallel.engine import Engine
     from tetrad.parallel.estimate import GIB
     from tetrad.parallel.topology import Topology, initialize

@@ -47,9 +47,10 @@ def main(
     benches = all_cases() if benches is None else benches
     try:
         gpus = newest_first(results)
+        section = readme_section(gpus, benches)
         pages = {
             results / "README.md": results_page(gpus, benches),
-            readme: with_marked(readme, readme_section(gpus, benches)),
+            readme: with_marked(readme, section),
         }
     except ValueError as problem:
         print(problem, file=sys.stderr)
@@ -65,7 +66,7 @@ def main(
         path.write_text(text)
     for gpu, files in gpus.items():
         figures.draw(results / gpu, tables_of(files, benches), [x["rates"] for x in files.values()])
-    print(readme_section(gpus, benches))
+    print(section)
     return 0
 
 

@@ -6,17 +6,16 @@ its reference, and what is seen is what a call costs the host. On a quiet machin
 """
 
 import importlib
-from pathlib import Path
 
 import pytest
 
 from bench.case import TOLERANCE, Case, error_of, forward, gradients, true_results, upstream
+from bench.rows import benches
 
-MODULES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 CASES = [
-    pytest.param(case, provider, id=f"{module.removeprefix('bench_')} {case.name}, {provider}")
-    for module in MODULES
-    for case in importlib.import_module(f"bench.{module}").cases(tiny=True)
+    pytest.param(case, provider, id=f"{name} {case.name}, {provider}")
+    for name in benches()
+    for case in importlib.import_module(f"bench.bench_{name}").cases(tiny=True)
     if isinstance(case, Case)
     for provider in case.providers
 ]

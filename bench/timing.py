@@ -24,7 +24,11 @@ FRACTIONS = ("of_copy", "of_read", "of_gemm", "of_gemm_done")
 def speed(case: Case, call: Callable, inputs: Sequence[Any]) -> Row:
     """Times, launches and memory of one call."""
     sets = [inputs, *(case.draw() for _ in range(_rotation(inputs) - 1))]
-    above = [upstream(forward(case, call, inputs)) for _ in sets] if case.backward else []
+    above: list[list[Tensor]] = []
+    if case.backward:
+        outputs = forward(case, call, inputs)
+        above = [upstream(outputs) for _ in sets]
+        del outputs  # and the graph behind them
     held: list[list[Tensor]] = [[] for _ in sets]  # so that results do not stay in the cache either
     place = 0
 
@@ -48,7 +52,7 @@ def _rotation(inputs: Sequence[Any]) -> int:
     if not CUDA:
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    size = sum(x.numel() * x.element_size() for x in tensors(inputs))
+    size = sum(x.nbytes for x in tensors(inputs))
     return max(1, min(MAX_SETS, math.ceil(4 * cache / size)))
 
 
@@ -65,16 +69,17 @@ def timed(once: Callable[[], object]) -> Row:
     times: list[float] = []
     host: list[float] = []
     while len(times) < calls:
-        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(QUEUED)]
+        n = min(QUEUED, calls - len(times))
+        events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(n)]
         torch.cuda._sleep(int(2e6 * min(QUEUED * each, LONGEST_SLEEP)))  # cycles, of 2 GHz
-        for before, after in events[: calls - len(times)]:
+        for before, after in events:
             before.record()
             began = time.perf_counter()
             once()
             host.append(1e6 * (time.perf_counter() - began))
             after.record()
         torch.cuda.synchronize()
-        times += [before.elapsed_time(after) for before, after in events[: calls - len(times)]]
+        times += [before.elapsed_time(after) for before, after in events]
     return spread(times) | {"host_us": statistics.median(host)}
 
 

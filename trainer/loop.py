@@ -114,6 +114,7 @@ def build_role(
     Raises ValueError when the checkpoint has another head or another tokenizer than asked for.
     """
     folder = checkpoint.find(model.init, None if new_head else head) if model.init else None
+    load = None
     if folder:
         architecture, description = checkpoint.read_model(folder)
         if not are_same(description["tokenizer"], tokenizer):
@@ -122,9 +123,9 @@ def build_role(
                 f"the other models of this run {tokenizer} tokens"
             )
         load = partial(checkpoint.load_weights, topology=topology, folder=folder)
-        return build_engine(cfg, topology, head, architecture, load=load, **training)
-    architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
-    return build_engine(cfg, topology, head, architecture, **training)
+    else:
+        architecture = model.architecture(load_tokenizer(tokenizer).vocab_size)
+    return build_engine(cfg, topology, head, architecture, load=load, **training)
 
 
 def build_engine(

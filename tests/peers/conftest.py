@@ -1,6 +1,9 @@
 """Shared by the tests against the real packages, each run in its own environment: `make peers`."""
 
+import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
 
@@ -9,6 +12,15 @@ import torch
 from torch import Tensor
 
 from tetrad.kernels import patch
+
+if find_spec("openrlhf"):  # it imports at its top what is built for GPUs alone
+    for name in (
+        "deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.runtime",
+        "deepspeed.runtime.zero", "deepspeed.runtime.zero.partition_parameters", "flash_attn",
+        "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed", "vllm",
+        "vllm.inputs", "vllm.utils",
+    ):  # fmt: skip
+        sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None), __path__=[])
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,7 @@ Triton kernels need TRITON_INTERPRET=1. Of what needs a GPU: it is found, and ta
 import importlib.metadata
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator
-from importlib.machinery import ModuleSpec
-from unittest import mock
 
 import pytest
 import torch
@@ -43,15 +40,6 @@ HERE = [
 ]  # fmt: skip
 if not HERE:
     pytest.skip("make peers installs the peers", allow_module_level=True)
-
-if installed("openrlhf"):  # it imports at its top what is built for GPUs alone
-    for name in (
-        "deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.runtime",
-        "deepspeed.runtime.zero", "deepspeed.runtime.zero.partition_parameters", "flash_attn",
-        "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed", "vllm",
-        "vllm.inputs", "vllm.utils",
-    ):  # fmt: skip
-        sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None), __path__=[])
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,11 @@
 """OpenRLHF's own functions, before and after `patch.openrlhf()`.
 
 OpenRLHF imports deepspeed, flash_attn and vllm at its top. Those are built for GPUs and are stubs
-here; what is replaced uses none but flash_attn's cross-entropy, without which PyTorch's runs.
+here (conftest.py); what is replaced uses none but flash_attn's cross-entropy, without which
+PyTorch's runs.
 """
 
-import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import SimpleNamespace
 from unittest import mock
@@ -19,13 +18,6 @@ from tetrad.kernels import patch
 
 if find_spec("openrlhf") is None:
     pytest.skip("make peers installs OpenRLHF", allow_module_level=True)
-for name in (
-    "deepspeed", "deepspeed.ops", "deepspeed.ops.adam", "deepspeed.runtime",
-    "deepspeed.runtime.zero", "deepspeed.runtime.zero.partition_parameters", "flash_attn",
-    "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed", "vllm",
-    "vllm.inputs", "vllm.utils",
-):  # fmt: skip
-    sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None), __path__=[])
 
 from openrlhf.models import actor, utils  # noqa: E402
 from openrlhf.trainer.ppo_utils.experience import Experience  # noqa: E402
