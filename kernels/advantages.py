@@ -32,6 +32,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_gae,
+    check_ppo_advantages,
+    check_same_shape,
+)
 from tetrad.kernels.kl import kl_estimate
 from tetrad.kernels.launch import (
     all_gather,
@@ -398,7 +403,7 @@ def gae(
     Not differentiable: advantages are constants of the loss. Raises ValueError when shapes or
     options do not fit, and when an input requires grad (call it under no_grad, or detach).
     """
-    reference._check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
+    check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
     numbers = (*number_or_tensor(gamma), *number_or_tensor(lam))
     refuse_gradients(
         rewards=rewards, values=values, bootstrap=bootstrap, gamma=numbers[1], lam=numbers[3]
@@ -443,7 +448,7 @@ def whiten(
     is the population's, or with `unbiased` (n - 1) the sample's (at n = 1 the population's).
     Not differentiable. Raises ValueError when the shapes differ, and when x requires grad.
     """
-    reference._same_shape(x=x, mask=mask)
+    check_same_shape(x=x, mask=mask)
     refuse_gradients(x=x)
     if not runs_kernel(x):
         return reference.whiten(
@@ -525,7 +530,7 @@ def ppo_advantages(
     where it is 0. Not differentiable; errors as in `gae`. All ranks of group must call it, also
     one without a valid token.
     """
-    reference._check_ppo_advantages(
+    check_ppo_advantages(
         scores, logprobs, ref_logprobs, values, mask, estimator, gamma, lam, cu_seqlens, mask_mode
     )
     numbers = (*number_or_tensor(gamma), *number_or_tensor(lam))

@@ -22,6 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_exact_kl,
+    check_linear_exact_kl,
+    check_rows,
+)
 from tetrad.kernels.launch import (
     all_gather,
     group_name,
@@ -362,7 +367,7 @@ def exact_kl(
     nothing; KL is infinite where q is 0 and p is not. fp64 runs the reference. Raises ValueError
     when shapes, dtypes or devices do not fit, and when ref_logits requires grad.
     """
-    reference._check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
+    check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
     refuse_gradients(ref_logits=ref_logits)
     if not runs_kernel(logits) or torch.float64 in (logits.dtype, ref_logits.dtype):
         return reference.exact_kl(
@@ -461,9 +466,9 @@ def linear_exact_kl(
     `linear_token_logprobs`. Raises ValueError when shapes, dtypes or devices do not fit, and when
     an input of the reference requires grad.
     """
-    hidden, weight = reference._as_linear(hidden, weight)
-    ref_hidden, ref_weight = reference._as_linear(ref_hidden, ref_weight)
-    reference._check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
+    hidden, weight = reference.cast_as_linear(hidden, weight)
+    ref_hidden, ref_weight = reference.cast_as_linear(ref_hidden, ref_weight)
+    check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
     refuse_gradients(ref_hidden=ref_hidden, ref_weight=ref_weight)
     if not runs_kernel(hidden) or torch.float64 in (hidden.dtype, ref_hidden.dtype):
         return reference.linear_exact_kl(
@@ -471,7 +476,7 @@ def linear_exact_kl(
             vocab_start=vocab_start, group=group, mask=mask,
         )  # fmt: skip
     rows = hidden[..., 0]
-    reference._check_rows(rows, mask, temperature, vocab_start, vocab_size)
+    check_rows(rows, mask, temperature, vocab_start, vocab_size)
     kl, _ = _linear_exact_kl(
         *(row_contiguous(x) for x in (hidden, weight, ref_hidden, ref_weight)),
         None if mask is None else mask.reshape(-1).contiguous(), *per_token(temperature, rows),

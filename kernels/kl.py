@@ -13,6 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    ESTIMATORS,
+    check_one_of,
+    check_same_shape,
+)
 from tetrad.kernels.launch import op, real_dtype, runs_kernel
 
 BLOCK = 1024  # tokens a program
@@ -158,8 +163,8 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     negative; as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20 nats,
     beyond which it has no gradient. Raises ValueError when the shapes differ.
     """
-    reference._one_of("estimator", estimator, reference.ESTIMATORS)
-    reference._same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_one_of("estimator", estimator, ESTIMATORS)
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     if not runs_kernel(logprobs):
         return reference.token_kl(logprobs, ref_logprobs, estimator=estimator)
     return _token_kl(logprobs, ref_logprobs, estimator)

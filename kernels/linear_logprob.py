@@ -29,6 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_linear,
+    check_tokens,
+    check_vocabulary,
+)
 from tetrad.kernels.launch import all_reduce, group_name, op, runs_kernel, wants_gradient
 from tetrad.kernels.logprob import (
     LOG2E,
@@ -365,15 +370,15 @@ def linear_token_logprobs(
     save_logits: keep the fp32 logits for backward: 4 N V bytes more, one product of four less.
     fp64 runs the reference. Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
-    reference._check_linear(hidden, weight, bias, tokens)
+    hidden, weight, bias = reference.cast_as_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, tokens)
     if not runs_kernel(hidden) or hidden.dtype == torch.float64:
         return reference.linear_token_logprobs(
             hidden, weight, tokens, bias=bias, temperature=temperature, entropy=entropy,
             ignore_index=ignore_index, vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
-    reference._check_tokens(tokens, hidden)
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
+    check_tokens(tokens, hidden)
+    check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     with_gradient = wants_gradient(hidden, weight, bias)
     logprobs, entropies, _, _ = _linear_token_logprobs(
         row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),

@@ -24,6 +24,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_denominator,
+    check_linear,
+    check_policy_loss,
+    check_tokens,
+    check_vocabulary,
+)
 from tetrad.kernels.launch import (
     all_reduce,
     group_name,
@@ -179,9 +186,9 @@ def linear_cross_entropy(
     backward. In a group every rank must ask for the same gradients.
     fp64 runs the reference. Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
-    reference._check_linear(hidden, weight, bias, tokens)
-    reference._check_denominator(denominator)
+    hidden, weight, bias = reference.cast_as_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, tokens)
+    check_denominator(denominator)
     if not runs_kernel(hidden) or hidden.dtype == torch.float64:
         return reference.linear_cross_entropy(
             hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
@@ -194,8 +201,8 @@ def linear_cross_entropy(
         )  # fmt: skip
         n = (tokens != ignore_index).sum().clamp(min=1) if denominator is None else denominator
         return -logprobs.sum() / n
-    reference._check_tokens(tokens, hidden)
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
+    check_tokens(tokens, hidden)
+    check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     loss, *_ = _linear_cross_entropy(
         row_contiguous(hidden), row_contiguous(weight), bias, tokens.reshape(-1).contiguous(),
         *number_or_tensor(denominator), *per_token(temperature, tokens), ignore_index, vocab_start,
@@ -305,9 +312,9 @@ def linear_policy_loss(
     gradients. fp64 runs the reference.
     Raises ValueError when shapes, dtypes or devices do not fit, and when a constant requires grad.
     """
-    hidden, weight, bias = reference._as_linear(hidden, weight, bias)
-    reference._check_linear(hidden, weight, bias, tokens)
-    reference._check_policy_loss(
+    hidden, weight, bias = reference.cast_as_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, tokens)
+    check_policy_loss(
         tokens, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
         cu_seqlens,
     )  # fmt: skip
@@ -319,8 +326,8 @@ def linear_policy_loss(
             aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
-    reference._check_tokens(tokens, hidden)
-    reference._check_vocabulary(tokens, temperature, vocab_start, vocab_size)
+    check_tokens(tokens, hidden)
+    check_vocabulary(tokens, temperature, vocab_start, vocab_size)
     tokens = torch.where(mask != 0, tokens, IGNORED)
     if not wants_gradient(hidden, weight, bias):
         logprobs: Any = linear_token_logprobs(

@@ -32,6 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_token_logprobs,
+)
 from tetrad.kernels.launch import all_gather, group_name, op, row_block, runs_kernel
 
 BLOCKS_PER_SPLIT = 4
@@ -472,9 +475,7 @@ def token_logprobs(
     refuses what reads them afterwards; not for leaves, nor under torch.compile.
     fp64 logits run the reference. Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    reference._check_token_logprobs(
-        logits, tokens, temperature, vocab_start, vocab_size, inplace_backward
-    )
+    check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
     if not runs_kernel(logits) or logits.dtype == torch.float64:  # Triton's scalars are fp32
         return reference.token_logprobs(
             logits, tokens, temperature=temperature, entropy=entropy, ignore_index=ignore_index,

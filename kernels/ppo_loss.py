@@ -25,6 +25,11 @@ from torch import Tensor
 
 from tetrad.kernels import reference
 from tetrad.kernels.advantages import row_bounds
+from tetrad.kernels.check import (
+    check_loss,
+    check_policy_loss,
+    check_same_shape,
+)
 from tetrad.kernels.kl import MAX_LOG_RATIO, expm1_minus
 from tetrad.kernels.launch import (
     MAX_PROGRAMS,
@@ -361,7 +366,7 @@ def policy_loss(
     Statistics: clip_fraction, approx_kl (k3, nats), ratio_mean, ratio_max.
     Raises ValueError when shapes or options do not fit, and when a constant requires grad.
     """
-    reference._check_policy_loss(
+    check_policy_loss(
         logprobs, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
         cu_seqlens,
     )  # fmt: skip
@@ -396,8 +401,8 @@ def value_loss(
     cu_seqlens and errors as in `policy_loss`. Statistics: clip_fraction, value_mean, return_mean,
     error (mean squared V - R).
     """
-    reference._same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    reference._check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
     refuse_gradients(old_values=old_values, returns=returns)
     if not runs_kernel(values):
         return reference.value_loss(

@@ -18,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tetrad.kernels import reference
+from tetrad.kernels.check import (
+    check_ranking_loss,
+)
 from tetrad.kernels.launch import (
     MAX_PROGRAMS,
     number_or_tensor,
@@ -149,7 +152,7 @@ def ranking_loss(
     part of the batch. Without any comparison both are 0. Two scalars, fp32 (fp64 in fp64); the
     loss is differentiable in scores. Raises ValueError when shapes or bounds do not fit.
     """
-    reference._check_ranking(scores, ranks, cu_prompts, denominator)
+    check_ranking_loss(scores, ranks, cu_prompts, denominator)
     if not runs_kernel(scores):
         return reference.ranking_loss(scores, ranks, cu_prompts, denominator=denominator)
     loss, accuracy, _, _ = _ranking_loss(

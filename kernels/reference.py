@@ -11,9 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tetrad.kernels.check import (
+    ESTIMATORS,
+    check_denominator,
+    check_exact_kl,
+    check_gae,
+    check_linear,
+    check_linear_exact_kl,
+    check_loss,
+    check_one_of,
+    check_policy_loss,
+    check_ppo_advantages,
+    check_ranking_loss,
+    check_rows,
+    check_same_shape,
+    check_token_logprobs,
+)
+
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
 IGNORED = -(2**31)  # the token of a position that a mask hides: -100 might be one by mistake
-ESTIMATORS = ("k1", "k2", "k3", "abs")  # of the KL, see token_kl
 
 
 def _real(x: Tensor) -> Tensor:
@@ -24,22 +40,6 @@ def _reals(*tensors: Tensor) -> list[Tensor]:
     """All of them in fp64 when one is, else in fp32."""
     double = any(x.dtype == torch.float64 for x in tensors)
     return [x.double() if double else x.float() for x in tensors]
-
-
-def _same_shape(**tensors: Tensor) -> None:
-    (first, x), *others = tensors.items()
-    for name, y in others:
-        if x.shape != y.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(y.shape)}, {first} has shape {tuple(x.shape)}"
-            )
-        if x.device != y.device:
-            raise ValueError(f"{name} is on {y.device}, {first} on {x.device}")
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 class _SumOverGroup(torch.autograd.Function):
@@ -54,63 +54,6 @@ class _SumOverGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-def _check_token_logprobs(
-    logits: Tensor, tokens: Tensor, temperature: float | Tensor, vocab_start: int,
-    vocab_size: int | None, inplace_backward: bool,
-) -> None:  # fmt: skip
-    if logits.dim() == 0 or logits.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}, logits has shape {tuple(logits.shape)}"
-        )
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
-    if not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point, not {logits.dtype}")
-    _check_tokens(tokens, logits)
-    _check_vocabulary(logits[..., 0], temperature, vocab_start, vocab_size)
-    if inplace_backward and logits.requires_grad:
-        if torch.compiler.is_compiling():
-            raise ValueError("inplace_backward is True; torch.compile does not see such writes")
-        if logits.is_leaf:
-            raise ValueError("inplace_backward is True; the gradient of a leaf would be the leaf")
-        extent = 1
-        for s, n in sorted((s, n) for s, n in zip(logits.stride(), logits.shape) if n > 1):
-            if s < extent:
-                raise ValueError(f"inplace_backward is True; strides {logits.stride()} overlap")
-            extent += s * (n - 1)
-
-
-def _check_tokens(tokens: Tensor, like: Tensor) -> None:
-    if tokens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tokens must be int32 or int64, not {tokens.dtype}")
-    if tokens.device != like.device:
-        raise ValueError(f"tokens are on {tokens.device}, logits on {like.device}")
-
-
-def _check_vocabulary(
-    rows: Tensor, temperature: float | Tensor, vocab_start: int, vocab_size: int | None
-) -> None:
-    """What all ops on a vocabulary ask of these; `rows` (...) is shaped like the result."""
-    if vocab_start < 0:
-        raise ValueError(f"vocab_start is {vocab_start}; it must not be negative")
-    if vocab_size is not None and vocab_size < 1:
-        raise ValueError(f"vocab_size is {vocab_size}; it must be positive")
-    if not isinstance(temperature, Tensor):
-        if not 0 < temperature < torch.inf:
-            raise ValueError(f"temperature is {temperature}; it must be positive and finite")
-        return
-    if temperature.device != rows.device:
-        raise ValueError(f"temperature is on {temperature.device}, logits on {rows.device}")
-    if temperature.requires_grad:
-        raise ValueError("temperature requires a gradient; there is one for logits only")
-    try:
-        temperature.broadcast_to(rows.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"temperature has shape {tuple(temperature.shape)}, the rows {tuple(rows.shape)}"
-        ) from None
 
 
 def token_logprobs(
@@ -136,7 +79,7 @@ def token_logprobs(
     inplace_backward, the leave to overwrite the logits in backward, is not taken here.
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    _check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
+    check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
     V = logits.shape[-1]
     counted = tokens != ignore_index
     x = torch.where(counted[..., None], _real(logits), 0.0)
@@ -173,33 +116,6 @@ def token_logprobs(
         return logprobs
     mean = total((weights * torch.where(x == -torch.inf, 0.0, x)).sum(-1)) / log_sum.exp()
     return logprobs, torch.where(counted, log_sum - mean, 0.0)
-
-
-def _check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, name: str = ""
-) -> None:
-    """What the ops on hidden @ weight.T + bias ask of these; `name` is a prefix like "ref_"."""
-    if not hidden.is_floating_point():
-        raise ValueError(f"{name}hidden must be floating point, not {hidden.dtype}")
-    if weight.numel() == 0:
-        raise ValueError(f"{name}weight has shape {tuple(weight.shape)}: it is empty")
-    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{name}hidden has shape {tuple(hidden.shape)}, {name}weight {tuple(weight.shape)}; "
-            "they must be (..., d) and (V, d)"
-        )
-    if tokens is not None and hidden.shape[:-1] != tokens.shape:
-        raise ValueError(
-            f"tokens has shape {tuple(tokens.shape)}, hidden has shape {tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
-    for other, x in (f"{name}weight", weight), ("bias", bias):
-        if x is not None and (x.dtype != hidden.dtype or x.device != hidden.device):
-            raise ValueError(
-                f"{other} is {x.dtype} on {x.device}, {name}hidden {hidden.dtype} on "
-                f"{hidden.device}"
-            )
 
 
 class _SumGradientOverGroup(torch.autograd.Function):
@@ -245,7 +161,7 @@ def _without_padding(vocab_start: int, vocab_size: int | None, *rows: Tensor | N
     return [x if x is None else cleared(x) for x in rows]
 
 
-def _as_linear(*tensors: Tensor | None) -> list[Any]:
+def cast_as_linear(*tensors: Tensor | None) -> list[Any]:
     """Under autocast, cast as torch.nn.Linear would."""
     device = next(x for x in tensors if x is not None).device.type
     if not torch.is_autocast_enabled(device):
@@ -274,8 +190,8 @@ def linear_token_logprobs(
     casts them. group: hidden is the same on every rank, and so is its gradient: the sum over the
     group is made here. save_logits, a choice of memory or time, has no meaning here.
     """
-    hidden, weight, bias = _as_linear(hidden, weight, bias)
-    _check_linear(hidden, weight, bias, tokens)
+    hidden, weight, bias = cast_as_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias, tokens)
     weight, bias = _without_padding(vocab_start, vocab_size, weight, bias)
     logits = _logits(hidden, weight, bias, tokens != ignore_index, group)
     return token_logprobs(
@@ -301,7 +217,7 @@ def linear_cross_entropy(
 
     denominator: the token count of the global batch when this is a part of it.
     """
-    _check_denominator(denominator)
+    check_denominator(denominator)
     logprobs = linear_token_logprobs(
         hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
         vocab_start=vocab_start, vocab_size=vocab_size, group=group,
@@ -318,8 +234,8 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     (Schulman 2020, joschu.net/blog/kl-approx.html). k1 and k3 are unbiased; k3 is never negative;
     as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there.
     """
-    _one_of("estimator", estimator, ESTIMATORS)
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_one_of("estimator", estimator, ESTIMATORS)
+    check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
     d = _real(logprobs) - _real(ref_logprobs)
     if estimator == "k1":
         return d
@@ -328,29 +244,6 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
     if estimator == "abs":
         return d.abs()
     return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
-
-
-def _check_rows(
-    rows: Tensor, mask: Tensor | None, temperature: float | Tensor, vocab_start: int,
-    vocab_size: int | None,
-) -> None:  # fmt: skip
-    """What `exact_kl` asks of what goes by rows (...)."""
-    _check_vocabulary(rows, temperature, vocab_start, vocab_size)
-    if mask is not None and mask.shape != rows.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, the KL {tuple(rows.shape)}")
-
-
-def _check_exact_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, temperature: float | Tensor,
-    vocab_start: int, vocab_size: int | None,
-) -> None:  # fmt: skip
-    _same_shape(logits=logits, ref_logits=ref_logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}: no column of the vocabulary")
-    for name, x in ("logits", logits), ("ref_logits", ref_logits):
-        if not x.is_floating_point() or x.device != logits.device:
-            raise ValueError(f"{name} must be floating point on {logits.device}, not {x.dtype}")
-    _check_rows(logits[..., 0], mask, temperature, vocab_start, vocab_size)
 
 
 def exact_kl(
@@ -368,7 +261,7 @@ def exact_kl(
     Differentiable in logits. temperature, vocab_size, vocab_start and group as in
     `token_logprobs`. mask (...): where it is 0 the result and the gradient are 0; default all.
     """
-    _check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
+    check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
     V = logits.shape[-1]
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask != 0
     t = temperature
@@ -398,18 +291,6 @@ def exact_kl(
     return torch.where(counted, kl, 0.0)
 
 
-def _check_linear_exact_kl(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor
-) -> None:
-    _check_linear(hidden, weight, None, None)
-    _check_linear(ref_hidden, ref_weight, None, None, "ref_")
-    if hidden.shape[:-1] != ref_hidden.shape[:-1] or len(weight) != len(ref_weight):
-        raise ValueError(
-            f"ref_hidden @ ref_weight.T has shape {(*ref_hidden.shape[:-1], len(ref_weight))}, "
-            f"hidden @ weight.T {(*hidden.shape[:-1], len(weight))}"
-        )
-
-
 def linear_exact_kl(
     hidden: Tensor,
     weight: Tensor,
@@ -426,10 +307,10 @@ def linear_exact_kl(
 
     Differentiable in hidden and weight; the gradient of hidden is summed over the group.
     """
-    hidden, weight = _as_linear(hidden, weight)
-    ref_hidden, ref_weight = _as_linear(ref_hidden, ref_weight)
-    _check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
-    _check_rows(hidden[..., 0], mask, temperature, vocab_start, vocab_size)
+    hidden, weight = cast_as_linear(hidden, weight)
+    ref_hidden, ref_weight = cast_as_linear(ref_hidden, ref_weight)
+    check_linear_exact_kl(hidden, weight, ref_hidden, ref_weight)
+    check_rows(hidden[..., 0], mask, temperature, vocab_start, vocab_size)
     weight, ref_weight = _without_padding(vocab_start, vocab_size, weight, ref_weight)
     counted = None if mask is None else mask != 0
     return exact_kl(
@@ -438,30 +319,6 @@ def linear_exact_kl(
         temperature=temperature, vocab_size=vocab_size, vocab_start=vocab_start, group=group,
         mask=mask,
     )  # fmt: skip
-
-
-def _check_bounds(name: str, bounds: Tensor, n: int) -> None:
-    """Refuse bounds that do not rise from 0 to n; trusted, unread, on a GPU and when compiled."""
-    if bounds.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64, not {bounds.dtype}")
-    if bounds.dim() != 1 or len(bounds) < 1:
-        raise ValueError(f"{name} has shape {tuple(bounds.shape)}; it must be (sequences + 1,)")
-    if bounds.is_cuda or torch.compiler.is_compiling():
-        return
-    if int(bounds[0]) != 0 or int(bounds[-1]) != n or (bounds.diff() < 0).any():
-        raise ValueError(f"{name} must rise from 0 to {n}, not {bounds.tolist()}")
-
-
-def _sequences(shape: torch.Size, cu_seqlens: Tensor | None) -> int:
-    """How many sequences a padded (B, T) or packed (N,) shape holds, after checking it."""
-    if cu_seqlens is None:
-        if len(shape) != 2:
-            raise ValueError(f"mask has shape {tuple(shape)}; without cu_seqlens: (B, T)")
-        return shape[0]
-    if len(shape) != 1:
-        raise ValueError(f"mask has shape {tuple(shape)}; with cu_seqlens: (N,)")
-    _check_bounds("cu_seqlens", cu_seqlens, shape[0])
-    return len(cu_seqlens) - 1
 
 
 def _rows(bounds: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
@@ -477,25 +334,6 @@ def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
     position = torch.where(mask, torch.arange(len(mask), device=mask.device), -1)
     last = position.new_full((n_sequences,), -1).scatter_reduce(0, sequence, position, "amax")
     return mask & (position == last[sequence])
-
-
-def _check_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float | Tensor, lam: float | Tensor,
-    cu_seqlens: Tensor | None, mask_mode: str, bootstrap: Tensor | None,
-) -> int:  # fmt: skip
-    """The number of sequences, once the arguments of `gae` fit each other."""
-    _one_of("mask_mode", mask_mode, ("carry", "decay"))
-    _same_shape(rewards=rewards, values=values, mask=mask)
-    S = _sequences(mask.shape, cu_seqlens)
-    if bootstrap is not None and not isinstance(bootstrap, Tensor):
-        raise ValueError(f"bootstrap is {bootstrap}; it must be a tensor, a value per sequence")
-    for name, x in ("gamma", gamma), ("lam", lam), ("bootstrap", bootstrap):
-        if isinstance(x, Tensor):
-            if x.shape != (S,):
-                raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({S},)")
-        elif x is not None and not 0 <= x <= 1:
-            raise ValueError(f"{name} is {x}; it must lie in [0, 1]")
-    return S
 
 
 def gae(
@@ -521,7 +359,7 @@ def gae(
     unchanged ("carry": verl, NeMo-RL), or is a step of reward 0 and value 0 that the recursion
     runs through, discounting ("decay": OpenRLHF). Steps after the last valid one never count.
     """
-    B = _check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
+    B = check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
     if cu_seqlens is not None:
         sequence, place, T = _rows(cu_seqlens, len(rewards))
 
@@ -565,7 +403,7 @@ def whiten(
     Without shift_mean the mean is added back. Variance is the population's, or with `unbiased`
     (n - 1) the sample's (at n = 1 the population's).
     """
-    _same_shape(x=x, mask=mask)
+    check_same_shape(x=x, mask=mask)
     valid = mask != 0
     x = torch.where(valid, _real(x), 0.0)
 
@@ -587,20 +425,6 @@ class PPOAdvantages(NamedTuple):
     advantages: Tensor  # whitened if asked
     returns: Tensor  # targets of the value function: unwhitened advantages + values
     kl: Tensor  # nats, the estimate that was charged for
-
-
-def _check_ppo_advantages(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor,
-    estimator: str, gamma: float | Tensor, lam: float | Tensor, cu_seqlens: Tensor | None,
-    mask_mode: str,
-) -> int:  # fmt: skip
-    """The number of sequences, once the arguments of `ppo_advantages` fit each other."""
-    _one_of("estimator", estimator, ESTIMATORS)
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, mask=mask)
-    S = _check_gae(logprobs, values, mask, gamma, lam, cu_seqlens, mask_mode, None)
-    if scores.shape != (S,):
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be ({S},)")
-    return S
 
 
 def ppo_advantages(
@@ -627,7 +451,7 @@ def ppo_advantages(
     over all ranks of group. whiten_rewards keeps the mean (lm-human-preferences).
     gamma, lam, cu_seqlens, mask_mode as in `gae`.
     """
-    S = _check_ppo_advantages(
+    S = check_ppo_advantages(
         scores, logprobs, ref_logprobs, values, mask, estimator, gamma, lam, cu_seqlens, mask_mode
     )
     scores, logprobs, ref_logprobs, values = _reals(scores, logprobs, ref_logprobs, values)
@@ -647,40 +471,6 @@ def ppo_advantages(
     if whiten_advantages:
         advantages = whiten(advantages, mask, group=group)
     return PPOAdvantages(rewards, advantages, returns, kl)
-
-
-def _check_loss(
-    mask: Tensor, clip_range: float, aggregation: str, denominator: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
-    """What `policy_loss` and `value_loss` both ask of their arguments."""
-    _one_of("aggregation", aggregation, ("token-mean", "sequence-mean"))
-    if not isinstance(clip_range, (int, float)) or not clip_range > 0:
-        raise ValueError(f"clip_range is {clip_range}; it must be positive")
-    _check_denominator(denominator)
-    if aggregation == "sequence-mean":
-        _sequences(mask.shape, cu_seqlens)
-
-
-def _check_denominator(denominator: float | Tensor | None) -> None:
-    if isinstance(denominator, Tensor):
-        if denominator.dim() != 0:
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be 0-d")
-        if denominator.requires_grad:
-            raise ValueError("denominator requires grad, and is a constant here: detach it")
-    elif denominator is not None and not denominator > 0:
-        raise ValueError(f"denominator is {denominator}; it must be positive")
-
-
-def _check_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
-    dual_clip: float | None, aggregation: str, denominator: float | Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:  # fmt: skip
-    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    _check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip is {dual_clip}; it must exceed 1")
 
 
 def _aggregate(
@@ -727,7 +517,7 @@ def policy_loss(
     then add up to the whole, the statistics too (ratio_max by max).
     Statistics: clip_fraction, approx_kl (k3, nats), ratio_mean, ratio_max.
     """
-    _check_policy_loss(
+    check_policy_loss(
         logprobs, old_logprobs, advantages, mask, clip_range, dual_clip, aggregation, denominator,
         cu_seqlens,
     )  # fmt: skip
@@ -802,8 +592,8 @@ def value_loss(
     aggregation, denominator and cu_seqlens as in `policy_loss`. Statistics: clip_fraction,
     value_mean, return_mean, error (mean squared V - R).
     """
-    _same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
-    _check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
+    check_same_shape(values=values, old_values=old_values, returns=returns, mask=mask)
+    check_loss(mask, clip_range, aggregation, denominator, cu_seqlens)
     valid = mask != 0
     tensors = _reals(values, old_values, returns)
     v, old, target = (torch.where(valid, x, 0.0) for x in tensors)
@@ -823,16 +613,6 @@ def value_loss(
     return mean(0.5 * torch.maximum(plain, clipped)), stats
 
 
-def _check_ranking(
-    scores: Tensor, ranks: Tensor, cu_prompts: Tensor, denominator: float | Tensor | None
-) -> None:
-    _same_shape(scores=scores, ranks=ranks)
-    if scores.dim() != 1:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; it must be (M,)")
-    _check_bounds("cu_prompts", cu_prompts, scores.shape[0])
-    _check_denominator(denominator)
-
-
 def ranking_loss(
     scores: Tensor, ranks: Tensor, cu_prompts: Tensor, *, denominator: float | Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -847,7 +627,7 @@ def ranking_loss(
     Ties are dropped. denominator: the global number of prompts with a comparison when this is a
     part of the batch. Without any comparison both are 0.
     """
-    _check_ranking(scores, ranks, cu_prompts, denominator)
+    check_ranking_loss(scores, ranks, cu_prompts, denominator)
     prompt, _, _ = _rows(cu_prompts, len(scores))
     s = _real(scores)
     better = (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])

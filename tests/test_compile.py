@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.fakegpu import ARCHITECTURES, FakeGPU
-from tetrad.kernels import reference
+from tetrad.kernels import check
 from tetrad.kernels.advantages import gae, ppo_advantages, whiten
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 from tetrad.kernels.kl import token_kl
@@ -109,7 +109,7 @@ CALLS: dict[str, Callable[[], object]] = {
         f"token_kl-{estimator}": lambda estimator=estimator: token_kl(
             real(4096), real(4096, dtype=half), estimator=estimator
         )
-        for estimator in reference.ESTIMATORS
+        for estimator in check.ESTIMATORS
     },
     "gae": lambda: gae(*padded(2), mask()),
     "gae-packed": lambda: gae(

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from tetrad.kernels import reference
+from tetrad.kernels import check
 
 LAYOUTS = ("contiguous", "end", "transposed", "sliced")
 # Columns of a vocabulary of 50 on each rank, of which 45 count: the second of two shards ends in
@@ -34,7 +34,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def no_host_sync() -> Iterator[None]:
     """Fail if the host reads what a tensor holds; that bounds rise is checked on the CPU alone."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with mock.patch.object(reference, "_check_bounds"):
+    with mock.patch.object(check, "check_bounds"):
         with torch.profiler.profile(activities=activities) as profile:
             yield
     seen = {event.key.removeprefix("aten::").rstrip("2") for event in profile.key_averages()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.forked_world import run_world
 from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import advantages, launch, reference
+from tetrad.kernels import advantages, check, launch, reference
 from tetrad.kernels.advantages import gae, ppo_advantages, whiten
 
 BOTH = pytest.mark.parametrize("ops", [advantages, reference], ids=["kernel", "reference"])
@@ -278,7 +278,7 @@ def test_rewards_by_hand(ops, device) -> None:
     assert got.returns.tolist() == got.advantages.tolist() == [[8.5, 0.0, 9.0, 0.0], [0.0] * 4]
 
 
-@pytest.mark.parametrize("estimator", reference.ESTIMATORS)
+@pytest.mark.parametrize("estimator", check.ESTIMATORS)
 @WHITENED
 def test_ppo_advantages_matches_reference(estimator, whitened, device, assert_as_exact) -> None:
     inputs = experience(device)
@@ -386,7 +386,7 @@ def test_any_ppo_advantages(data, device, assert_as_exact) -> None:
     scores = torch.randn(B, device=device)
     options = {
         "kl_coef": draw(strategies.sampled_from([0.0, 0.1])),
-        "estimator": draw(strategies.sampled_from(reference.ESTIMATORS)),
+        "estimator": draw(strategies.sampled_from(check.ESTIMATORS)),
         "gamma": draw(strategies.sampled_from([0.99, torch.rand(B, device=device)])),
         "whiten_rewards": draw(strategies.booleans()),
         "whiten_advantages": draw(strategies.booleans()),

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import reference
+from tetrad.kernels import check, reference
 from tetrad.kernels.kl import _token_kl, _token_kl_backward, token_kl
 
-ESTIMATORS = pytest.mark.parametrize("estimator", reference.ESTIMATORS)
+ESTIMATORS = pytest.mark.parametrize("estimator", check.ESTIMATORS)
 IMPLEMENTATIONS = pytest.mark.parametrize(
     "kl_of", [token_kl, reference.token_kl], ids=["kernel", "reference"]
 )
@@ -58,7 +58,7 @@ def test_any_call(data, device, assert_as_exact) -> None:
     shape = draw(strategies.lists(strategies.integers(0, 40), max_size=3))
     types = strategies.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
     layouts = strategies.sampled_from(LAYOUTS)
-    estimator = draw(strategies.sampled_from(reference.ESTIMATORS))
+    estimator = draw(strategies.sampled_from(check.ESTIMATORS))
     p, q = (
         laid_out(torch.randn(shape, device=device).to(draw(types)), draw(layouts)) for _ in range(2)
     )
