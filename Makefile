@@ -8,7 +8,7 @@ GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON
 
 PEERS = trl verl openrlhf
 
-.PHONY: demo test triton36 check peers gpu bench setup clean
+.PHONY: demo test triton36 check peers first gpu bench setup clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -62,6 +62,9 @@ peers: $(PEERS:%=.venv-peers/%/ready) .venv-peers/bench/ready  ## what we patch 
 		-c constraints.txt -r /dev/stdin
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(head -1 $<)"
 	touch $@
+
+first:  ## on a machine with a GPU: what it should be asked first, in four minutes
+	@$(GPU_PYTHON) -m bench.first
 
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
 	@$(GPU_PYTHON) -m bench

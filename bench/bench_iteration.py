@@ -112,6 +112,11 @@ def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
                 times[phase].append(1e3 * stats[f"seconds/{phase}"])
             if results.is_late:
                 break
+    prompts = random_prompts(case.shape, case.episodes, case.prompt)
+    results.profile(
+        f"iteration_{case.model}",
+        lambda: ppo.iteration(roles, prompts, None, cfg, NO_EOS, WARM_UP + CALLS),
+    )
     predicted, measured = (x * GIB / 1e6 for x in memory_used().values())
     for case in cases:
         row = spread(times[case.phase])
