@@ -28,7 +28,7 @@ from triton import knobs
 
 from bench import bench_decode, bench_iteration, suspicions
 from bench.case import CUDA, DEVICE, Case
-from bench.harness import Results, gpu_name, measured, reason_of, where
+from bench.harness import Results, gpu_name, measured, where
 from bench.models import attempted
 from bench.rows import MARK, READY, ROOT, Row, benches, is_ours
 from bench.timing import Rates, profiled, timed
@@ -169,17 +169,12 @@ def ask(turn: Turn) -> Iterator[Told]:
     for name, question in suspicions.SUSPICIONS.items():
         row: Row = {"case": name, "provider": "ours"}
         began = time.perf_counter()
-        try:
-            if time.time() > turn.until:
-                row["not_measured"] = LATE
-            else:
-                finding = question()
-                row |= {"passed": finding.passed, "seen": finding.seen}
-        except suspicions.NeedsGPU:
+        if time.time() > turn.until:
+            row["not_measured"] = LATE
+        elif (finding := suspicions.answer(question)) is None:
             row["not_measured"] = "needs a GPU"
-        except Exception as problem:  # a question that cannot even be asked
-            row |= {"passed": False, "seen": reason_of(problem)}
-        if "passed" in row:
+        else:
+            row |= {"passed": finding.passed, "seen": finding.seen}
             row["ms"] = 1e3 * (time.perf_counter() - began)
         yield "first", row
         if CUDA:

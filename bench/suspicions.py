@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.case import CUDA, DEVICE
+from bench.harness import reason_of
 from bench.models import NO_EOS, PRECISION, TINY, draw, random_prompts
 from bench.timing import timed
 from tetrad.kernels import linear_logprob, linear_loss, logprob, ppo_loss
@@ -339,6 +340,16 @@ def samples_agree_with_scores() -> Finding:
     scored = scored[scored != 0].cpu()
     gap = float((sampled - scored).abs().max()) if sampled.shape == scored.shape else torch.inf
     return Finding(gap < 0.05, f"at most {gap:.4f} nats apart, in bf16")
+
+
+def answer(question: Callable[[], Finding]) -> Finding | None:
+    """What was found; None where the question has no meaning on this machine."""
+    try:
+        return question()
+    except NeedsGPU:
+        return None
+    except Exception as problem:  # a question that cannot even be asked
+        return Finding(False, reason_of(problem))
 
 
 SUSPICIONS: dict[str, Callable[[], Finding]] = {
