@@ -8,7 +8,7 @@ GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON
 
 PEERS = trl verl openrlhf
 
-.PHONY: demo test triton36 check peers first gpu bench setup clean
+.PHONY: demo test triton36 check peers first gpu wheels triton-cache bench setup clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -68,6 +68,9 @@ first:  ## on a machine with a GPU: what it should be asked first, in four minut
 
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
 	@$(GPU_PYTHON) -m bench
+
+wheels:  ## what a GPU's machine without a network may lack, in .whl (docs/bench.md)
+	$(GPU_PYTHON) -m bench.wheels .whl
 
 bench: setup  ## the same calls at small sizes on the CPU, compared with the last time they ran here
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench --benchmark-autosave \
