@@ -33,7 +33,9 @@ PINS = ["constraints.txt", "tests/peers/bench.txt", "tests/peers/trl.txt"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m bench.wheels", description="What `make wheels` runs.")
+    parser = argparse.ArgumentParser(
+        "python -m bench.wheels", description="What `make wheels` runs."
+    )
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     folder = parser.parse_args(arguments).folder
     for old in folder.glob("*.whl"):  # one version of each
