@@ -42,12 +42,33 @@ def test_a_cache_says_where_it_will_lie(tmp_path) -> None:
     assert listed == {"k.cubin": str(precompile.HOME / "KEY" / "k.cubin")}
 
 
-def test_untouched_products_have_their_shape_and_are_not_made() -> None:
-    """A product of this size takes seconds, and memory that is never touched here."""
+def test_what_is_large_has_its_shape_and_is_not_made() -> None:
+    ones = torch.ones(512, 512)
     with precompile.untouched():
-        x = torch.randn(1 << 17, 4096, dtype=torch.bfloat16)
-        y = x.float() @ x[: 1 << 10].t().float()
-        assert y.shape == (1 << 17, 1 << 10) and y.dtype == torch.float32
-        assert x[1:].data_ptr() == x.data_ptr() + 2 * 4096  # views stay views
-        assert x.view(-1).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        assert torch.equal(torch.ones(3) + 1, torch.full((3,), 2.0))  # what is small is carried out
+        product = ones @ ones.t()
+        drawn = torch.randn(1 << 17, 4096, dtype=torch.bfloat16)
+        assert drawn[1:].data_ptr() == drawn.data_ptr() + 2 * 4096  # views stay views
+        small = torch.ones(3) + 1
+    assert product.shape == (512, 512) and not (product == 512).all()
+    assert drawn.shape == (1 << 17, 4096) and drawn.dtype == torch.bfloat16
+    assert small.tolist() == [2, 2, 2]  # what is small is carried out
+
+
+def test_what_is_large_is_not_made_in_a_backward_pass_either() -> None:
+    seen = []
+
+    class Op(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, above):
+            seen.append(torch.ones_like(above) @ torch.ones_like(above))
+            return above
+
+    x = torch.ones(512, 512, requires_grad=True)
+    with precompile.untouched():
+        y = Op.apply(x)
+        torch.autograd.backward([y], [torch.empty_like(y)])
+    assert x.grad is not None and not (seen[0] == 512).all()
