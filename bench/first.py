@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.rows import MARK, READY, ROOT, Row, is_ours
+from bench.rows import MARK, READY, ROOT, Row, is_ours, verdict
 
 LIMIT = 240  # seconds in all
 GRACE = 5  # seconds that a section may overrun its share, to end the row that it is at
@@ -176,11 +176,11 @@ class Files:
         from bench.harness import line
 
         self.due = [x for x in self.due if x != (bench, row["case"])]
-        empty = {"where": self.where, "rates": {}, "absent": {}, "rows": []}
+        empty = {"where": self.where, "rates": {}, "absent": {}, "rows": [], "findings": []}
         content = self.contents.setdefault(bench, empty)
         content["rates"] |= rates
-        content["rows"].append(row)
-        self.say(line_of_finding(row) if "passed" in row else line(row) + more(row))
+        content["findings" if bench == "first" else "rows"].append(row)
+        self.say(line_of_finding(row) if "seen" in row else line(row) + more(row))
 
     def end(self, reason: str) -> None:
         """A section is over: what it has not told is named."""
@@ -195,7 +195,7 @@ class Files:
         self.folder.mkdir(parents=True, exist_ok=True)
         names = []
         for bench, content in self.contents.items():
-            if any("ms" in row for row in content["rows"]):
+            if any("ms" in row for row in [*content["rows"], *content["findings"]]):
                 names.append(f"{bench}.json")
                 (self.folder / names[-1]).write_text(json.dumps(content, indent=1) + "\n")
         for name, text in (self.pages | {"first.log": "\n".join(self.log) + "\n"}).items():
@@ -210,7 +210,7 @@ class Files:
 
     def rows(self) -> Iterator[Row]:
         for content in self.contents.values():
-            yield from content["rows"]
+            yield from [*content["rows"], *content["findings"]]
 
     def failures(self) -> list[Row]:
         """Suspicions confirmed, and rows of ours that are missing for another reason than time,
@@ -235,7 +235,7 @@ class Files:
 
 
 def line_of_finding(row: Row) -> str:
-    return f"{'PASS' if row['passed'] else 'FAIL'} {row['case']:38} {row['seen']}"
+    return f"{verdict(row):4} {row['case']:39} {row['seen']}"
 
 
 def more(row: Row) -> str:

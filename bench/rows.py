@@ -90,6 +90,11 @@ def tables_of(files: Files, benches: Benches) -> Tables:
     return tables
 
 
+def verdict(finding: Row) -> str:
+    """PASS, FAIL, or nothing where there is nothing to judge."""
+    return {True: "PASS", False: "FAIL"}.get(finding.get("passed"), "")
+
+
 def is_ours(provider: str) -> bool:
     """Our op as it comes, or a variant of it: "ours, save_logits"."""
     return provider.startswith("ours")

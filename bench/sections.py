@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from triton import knobs
 
 from bench import bench_decode, bench_iteration, suspicions
@@ -74,7 +75,8 @@ def main() -> None:
     if not word:  # whoever asked is gone
         return
     plan = [{"bench": bench, "case": case} for bench, case in section.plan(options.tiny)]
-    tell(plan=plan, gpu=gpu_name().lower().replace(" ", "-"), where=where())
+    about = where() | {"command": f"python -m bench.first, section {options.name}"}
+    tell(plan=plan, gpu=gpu_name().lower().replace(" ", "-"), where=about)
     if section.imports:
         print(f"imported {section.imports} in {imported:.1f} s")
     rates = Rates(1 << 20 if options.tiny else 1 << 28)
@@ -84,6 +86,8 @@ def main() -> None:
     for bench, row in section.rows(turn):
         tell(bench=bench, row=row, rates=rates.known)
     print(cache)
+    if dist.is_initialized():
+        importlib.import_module("tetrad.parallel.topology").shutdown()
 
 
 def tell(**record: Any) -> None:
@@ -120,28 +124,21 @@ def plan_rates(tiny: bool) -> list[tuple[str, str]]:
 def rates(turn: Turn) -> Iterator[Told]:
     size = 256 if turn.tiny else 8192
     for name, measure in RATES.items():
+        row: Row = {"case": name, "provider": "this machine"}
         if time.time() > turn.until:
-            yield "first", {"case": name, "provider": "this machine", "not_measured": LATE}
-        else:
-            row = measure(turn.rates, size)
-            yield "first", {"case": name, "provider": "this machine"} | row
+            yield "first", row | {"not_measured": LATE}
+            continue
+        began = time.perf_counter()
+        seen = measure(turn.rates, size)
+        yield "first", row | {"seen": seen, "ms": 1e3 * (time.perf_counter() - began)}
 
 
-def copy_rate(rates: Rates, size: int) -> Row:
-    return {"gb_s": rates.copy, "ms": 8e-6 * rates.elements / rates.copy}
+def product_rate(rates: Rates, size: int) -> str:
+    return f"{rates.gemm(size, size, size, torch.bfloat16):.0f} TFLOP/s"
 
 
-def read_rate(rates: Rates, size: int) -> Row:
-    return {"gb_s": rates.read, "ms": 4e-6 * rates.elements / rates.read}
-
-
-def product_rate(rates: Rates, size: int) -> Row:
-    rate = rates.gemm(size, size, size, torch.bfloat16)
-    return {"tflop_s": rate, "ms": 2e-9 * size**3 / rate}
-
-
-def launch_rate(rates: Rates, size: int) -> Row:
-    """Of a hundred small kernels: the host's time for each, and the GPU's."""
+def launch_rate(rates: Rates, size: int) -> str:
+    """Of a hundred small kernels."""
     x = torch.zeros(256, device=DEVICE)
 
     def hundred() -> None:
@@ -149,12 +146,13 @@ def launch_rate(rates: Rates, size: int) -> Row:
             x.add_(1)
 
     row = timed(hundred)
-    return {name: value / 100 for name, value in row.items() if name in ("ms", "host_us")}
+    host = f", {row['host_us'] / 100:.1f} us of the host" if CUDA else ""
+    return f"{10 * row['ms']:.1f} us{host}"
 
 
-RATES: dict[str, Callable[[Rates, int], Row]] = {
-    "device copy, read + written": copy_rate,
-    "sum": read_rate,
+RATES: dict[str, Callable[[Rates, int], str]] = {
+    "device copy, read + written": lambda rates, size: f"{rates.copy:.0f} GB/s",
+    "sum": lambda rates, size: f"{rates.read:.0f} GB/s",
     "large bf16 product": product_rate,
     "launch of a small kernel": launch_rate,
 }
@@ -280,7 +278,8 @@ def ranks(size: int, until: float) -> dict[str, float] | str:
             process.kill()
     for process, (_, errors) in zip(processes, outputs):
         if process.returncode:
-            return errors.strip().splitlines()[-1][:200] if errors.strip() else "no message"
+            why = errors.strip().splitlines() or ["no message"]
+            return f"a rank ended with {process.returncode}, {why[-1][:200]}"
     return json.loads(outputs[0][0].strip().splitlines()[-1])
 
 

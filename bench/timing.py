@@ -122,7 +122,8 @@ def on_the_gpu(once: Callable[[], object]) -> list[Any]:
     """The profiler's events of what the GPU did in a call; none where it cannot read the device,
     as in some containers: a dash in the table, and no reason to lose the times."""
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             once()
             torch.cuda.synchronize()
     except (AssertionError, RuntimeError):
