@@ -7,6 +7,9 @@ BIN = .venv/bin
 PYTHON312 ?= python3.12
 GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON))
 
+# seconds that `make gpu` may take
+BUDGET ?= 420
+
 PEERS = trl verl openrlhf
 
 .PHONY: demo test triton36 check peers first gpu wheels triton-cache bench setup clean
@@ -68,7 +71,7 @@ first:  ## on a machine with a GPU: what it should be asked first, in four minut
 	@$(GPU_PYTHON) -m bench.first
 
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
-	@$(GPU_PYTHON) -m bench
+	@$(GPU_PYTHON) -m bench --budget $(BUDGET)
 
 wheels:  ## what a GPU's machine without a network may lack, in .whl (docs/bench.md)
 	$(GPU_PYTHON) -m bench.wheels .whl

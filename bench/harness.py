@@ -17,13 +17,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import peers
-from bench.case import COARSE, CUDA, TOLERANCE, Case, Wrong, error_of, some, tensors, true_results
+from bench.case import (
+    COARSE,
+    CUDA,
+    LAST,
+    TOLERANCE,
+    Case,
+    Wrong,
+    error_of,
+    some,
+    tensors,
+    true_results,
+)
 from bench.rows import ROOT, Row, is_ours
 from bench.timing import FRACTIONS, Rates, fractions, profile_of, profiled, speed
 
@@ -33,10 +45,23 @@ RESULTS = ROOT / "bench" / "results"
 def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
     """The command line of the bench of ops `name`. Exits 1 if something of ours failed."""
     results = Results(name)
-    for case in cases(results.tiny):
-        for row in measured(case, results):
-            results.add(row)
+    for chosen in at_once, at_last:
+        for case in cases(results.tiny):
+            for row in measured(chosen(case), results):
+                results.add(row)
     results.close()
+
+
+def at_once(case: Case) -> Case:
+    """Without the providers that take long to compile or to run."""
+    keep = {name: call for name, call in case.providers.items() if name not in LAST}
+    return replace(case, providers=keep)
+
+
+def at_last(case: Case) -> Case:
+    """The providers that nothing else is to wait for."""
+    keep = {name: call for name, call in case.providers.items() if name in LAST}
+    return replace(case, providers=keep, op="")  # the peers have had their turn
 
 
 def require_gpu() -> None:
