@@ -260,7 +260,7 @@ def ranks(size: int, until: float) -> dict[str, float] | str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "bench.on_one_gpu", str(size)]
+    command = [sys.executable, "-X", "faulthandler", "-m", "bench.on_one_gpu", str(size)]
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": "0"}
     processes = [
         subprocess.Popen(
