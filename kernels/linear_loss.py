@@ -42,6 +42,7 @@ from tetrad.kernels.launch import (
 )
 from tetrad.kernels.linear_logprob import (
     add_product,
+    aligned,
     chunk_parts,
     gradients_like,
     linear_token_logprobs,
@@ -85,7 +86,7 @@ def _with_gradients(
         logprobs[rows], entropies, saved = finish_parts(
             joined[None], tokens[rows], t_rows, ignore_index, group
         )
-        dx = torch.empty(x.shape, dtype=hidden.dtype, device=x.device)
+        dx = aligned(x.shape[1], x.shape[2], hidden.dtype, x.device)[None]
         write_dlogits(
             dx, slope(rows, logprobs[rows]), None, x, tokens[rows], t_rows, saved, entropies,
             ignore_index, vocab_start, V,

@@ -95,7 +95,9 @@ class Engine:
         """(N,) fp32 log p(token | all before it) of the response tokens, in nats; 0 elsewhere."""
 
         def read(hidden: Tensor, weight: Tensor, part: Part) -> Tensor:
-            return self.logprobs_of(hidden, weight, part.tokens, temperature)
+            return linear_token_logprobs(  # type: ignore[return-value]
+                hidden, weight, part.tokens, temperature=temperature, **self.vocabulary(weight)
+            )
 
         return self._read(batch, read)
 
@@ -124,7 +126,7 @@ class Engine:
             value, part.stats = linear_policy_loss(
                 hidden, weight, part.tokens, old_logprobs, advantages, mask,
                 temperature=temperature, clip_range=clip_range, denominator=denominator,
-                **self._vocabulary(weight),
+                **self.vocabulary(weight),
             )  # fmt: skip
             return value
 
@@ -138,7 +140,7 @@ class Engine:
         def loss(hidden: Tensor, unembedding: Tensor, part: Part) -> Tensor:
             nats = linear_cross_entropy(
                 hidden, unembedding, part.tokens, denominator=denominator,
-                **self._vocabulary(unembedding),
+                **self.vocabulary(unembedding),
             )  # fmt: skip
             part.stats = {"nats_per_token": nats}
             return coef * nats
@@ -190,16 +192,9 @@ class Engine:
                 self.memory.next.weights.prefetch()
         self.weights.show()
 
-    def logprobs_of(
-        self, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
-    ) -> Tensor:
-        """(R,) fp32 log-probs of tokens (R,) after hidden (R, d): the one place they come from."""
-        return linear_token_logprobs(  # type: ignore[return-value]
-            hidden, weight, tokens, temperature=temperature, **self._vocabulary(weight)
-        )
-
-    def _vocabulary(self, weight: Tensor) -> dict:
-        """Which part of the vocabulary this rank's rows (V / tp, d) of the unembedding are."""
+    def vocabulary(self, weight: Tensor) -> dict:
+        """Which part of the vocabulary this rank's rows (V / tp, d) of the unembedding are, as the
+        ops take it."""
         t = self.topology
         return {
             "vocab_start": t.tp_rank * len(weight),

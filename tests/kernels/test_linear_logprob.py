@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.forked_world import run_world
 from tests.kernels.callers import SHARDS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
+from tests.products import Products, assert_aligned
 from tetrad.kernels import linear_logprob, reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 
@@ -257,11 +258,22 @@ def test_replays_from_a_cuda_graph(device) -> None:
 def test_only_the_gradients_that_are_asked_for(device) -> None:
     hidden, weight, _, tokens = inputs(5, 40, 8, device)
     hidden.requires_grad_()
-    linear_token_logprobs(hidden, weight, tokens).sum().backward()
     expected = run(linear_token_logprobs, hidden, weight, None, tokens)
-    with mock.patch.object(linear_logprob.torch, "mm", side_effect=AssertionError("dweight")):
+    with Products() as products:
         linear_token_logprobs(hidden, weight, tokens).sum().backward()
     assert expected[2].shape == hidden.grad.shape and weight.grad is None
+    assert not [p for p in products.seen if p.out.shape == weight.shape]
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_rows_of_all_products_are_aligned(save_logits, pieces, device) -> None:
+    """301 columns, a multiple of nothing, in pieces too, forward and backward. In fp32: to multiply
+    bf16 into fp32 a CPU converts the operands, and so lays them out anew."""
+    hidden, weight, bias, tokens = inputs(20, 301, 16, device)
+    with Products() as products:
+        run(linear_token_logprobs, hidden, weight, bias, tokens, save_logits=save_logits)
+    assert_aligned(products.seen)
+    assert len(products.seen) >= 4 - save_logits
 
 
 @pytest.mark.filterwarnings("ignore:.*aot_eager.*")

@@ -10,7 +10,8 @@ from torch import Tensor
 from tests.forked_world import run_world
 from tests.kernels.callers import SHARDS, no_host_sync, replayed
 from tests.kernels.test_linear_logprob import inputs
-from tetrad.kernels import linear_logprob, linear_loss, reference
+from tests.products import Products, assert_aligned, of_size
+from tetrad.kernels import linear_loss, reference
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -258,13 +259,16 @@ def test_replays_from_a_cuda_graph(device) -> None:
         assert torch.equal(x, y)
 
 
-def test_three_products(device) -> None:
-    """Of the size of the vocabulary, forward and backward together."""
-    arguments = episodes((12,), 40, 8, device)
-    with mock.patch.object(linear_loss, "add_product", wraps=linear_loss.add_product) as ours:
-        with mock.patch.object(linear_logprob, "matmul", wraps=linear_logprob.matmul) as logits:
-            run(linear_policy_loss, arguments)
-    assert ours.call_count == 2 and logits.call_count == 1
+@pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
+def test_three_products_with_aligned_rows(f, pieces, device) -> None:
+    """For each piece, forward and backward together; 301 columns are a multiple of nothing."""
+    arguments = episodes((12,), 301, 8, device)
+    if f is linear_cross_entropy:
+        arguments = {k: arguments[k] for k in ("hidden", "weight", "bias", "tokens")}
+    with Products() as products:
+        run(f, arguments)
+    assert len(of_size(products.seen, 301)) == 3 * -(-12 // linear_loss.ROWS)
+    assert_aligned(products.seen)
 
 
 @pytest.mark.filterwarnings("ignore:.*aot_eager.*")
