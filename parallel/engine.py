@@ -126,7 +126,7 @@ class Engine:
             value, part.stats = linear_policy_loss(
                 hidden, weight, part.tokens, old_logprobs, advantages, mask,
                 temperature=temperature, clip_range=clip_range, denominator=denominator,
-                **self.vocabulary(weight),
+                **self.vocabulary(weight), **self._into_main_grad(hidden, weight, part),
             )  # fmt: skip
             return value
 
@@ -141,6 +141,7 @@ class Engine:
             nats = linear_cross_entropy(
                 hidden, unembedding, part.tokens, denominator=denominator,
                 **self.vocabulary(unembedding),
+                **self._into_main_grad(hidden, unembedding, part, coef),
             )  # fmt: skip
             part.stats = {"nats_per_token": nats}
             return coef * nats
@@ -201,6 +202,19 @@ class Engine:
             "vocab_size": self.architecture.vocab_size,
             "group": t.groups.tp if t.tp > 1 else None,
         }
+
+    def _into_main_grad(
+        self, hidden: Tensor, weight: Tensor, part: Part, coef: float = 1.0
+    ) -> dict:
+        """Have a loss, of which `coef` times is used, add the unembedding's gradient where Megatron
+        sums gradients: a sum of its own would be written, rounded and added to that."""
+        assert self.optimizer is not None
+        last = self.cores[-1]
+        looked_up = last.pre_process and last.share_embeddings_and_output_weights
+        if not looked_up:  # autograd, for which the unembedding is a constant here, will not say so
+            hidden.register_hook(lambda _: self.optimizer.announce(weight))
+        main_grad = weight.main_grad  # type: ignore[attr-defined]
+        return {"weight_grad": main_grad, "upstream": coef if part.groups else 0.0}
 
     @torch.no_grad()
     def _read(

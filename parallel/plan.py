@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from tetrad.parallel.settings import ALIGNMENT, BYTES, Architecture, Layout
 
-LOSS_ROWS = 2048  # kernels.linear_loss.ROWS, which needs torch to be read
+LOSS_ROWS = 4096  # kernels.linear_loss.ROWS, which needs torch to be read
 Bytes = dict[str, int]  # by kind
 
 
@@ -368,9 +368,10 @@ class Run:
         if last and role.head == "scalar":
             workspace += 4 * local * a.hidden_size
         elif last:
-            # kernels.linear_loss: logits and their gradient; sums of gradients, also rounded
+            # kernels.linear_loss: logits and their gradient; the sum of that of hidden states, also
+            # rounded, and a copy of the rows that are multiplied
             rows, width = min(LOSS_ROWS, local), a.padded_vocab(layout.tp) // layout.tp
-            workspace += rows * width * (4 + e) + (4 + e) * a.hidden_size * (local + width)
+            workspace += rows * width * (4 + e) + ((4 + e) * local + e * rows) * a.hidden_size
         return {"activations": activations, "workspaces": workspace}
 
     def _gathered(self, role: Role, local: int) -> int:

@@ -52,9 +52,11 @@ def plain(hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias=None, **option
 
 @pytest.fixture(params=["whole", "pieces"])
 def pieces(request, monkeypatch) -> Iterator[None]:
-    """At once, and in pieces that divide neither the rows nor the columns."""
+    """At once, and in pieces that divide neither the rows nor the columns, then also without a
+    gradient."""
     if request.param == "pieces":
         monkeypatch.setattr(linear_logprob, "CHUNK_BYTES", 4 * 999)
+        monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 0)
     yield
 
 
@@ -73,7 +75,7 @@ def test_as_exact_as_pytorch(dtype, save_logits, pieces, device, assert_as_exact
 
 @DTYPES
 @pytest.mark.parametrize("N, V, d", [(1, 1, 1), (0, 7, 8), (5, 1000, 33), (130, 129, 64)], ids=str)
-def test_without_a_gradient(N, V, d, dtype, device, assert_as_exact) -> None:
+def test_without_a_gradient(N, V, d, dtype, pieces, device, assert_as_exact) -> None:
     """One column; no row; an odd depth; 130 rows and 129 columns reach into second tiles."""
     hidden, weight, bias, tokens = inputs(N, V, d, device, dtype)
     temperature = torch.rand(N, device=device) + 0.5
@@ -197,8 +199,21 @@ def test_closer_to_the_truth_than_pytorch(device) -> None:
     assert (ours[0] - truth[0]).abs().max() < 0.01 * (theirs[0] - truth[0]).abs().max()
 
 
+def test_many_rows_have_the_same_bits_with_a_gradient_and_without(device, monkeypatch) -> None:
+    """Log-probs that are scored and then learned from, in the same batch: a ratio of exactly 1."""
+    hidden, weight, bias, tokens = inputs(9, 300, 16, device, torch.bfloat16)
+    learned = linear_token_logprobs(hidden.requires_grad_(), weight, tokens, bias=bias)
+    with torch.no_grad():
+        few = linear_token_logprobs(hidden, weight, tokens, bias=bias)
+        monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 8)
+        with Traffic() as traffic:
+            many = linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    assert torch.equal(many, learned.detach()) and "_fused" not in traffic.launches
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(device) -> None:
-    """Without a gradient: one kernel, and no library that chooses its tiles by the batch."""
+    """Few rows without a gradient: one kernel, and no library that chooses tiles by the batch."""
     hidden, weight, _, tokens = inputs(150, 300, 32, device, torch.bfloat16)
     batch, again = (linear_token_logprobs(hidden, weight, tokens) for _ in range(2))
     assert torch.equal(batch, again)
