@@ -341,6 +341,7 @@ def test_never_waits_for_the_device(device) -> None:
     with no_host_sync():
         run(linear_policy_loss, arguments, aggregation="sequence-mean", cu_seqlens=bounds)
         run(linear_cross_entropy, {k: arguments[k] for k in names})
+        of_both_losses(linear_loss, arguments, torch.zeros(40, 8, device=device), 0.3)
 
 
 def test_replays_from_a_cuda_graph(device) -> None:
@@ -406,6 +407,13 @@ def test_vocabulary_split_over_ranks(ranks, device, assert_as_exact) -> None:
             outputs, _ = run(
                 linear_policy_loss, mine, vocab_start=start, vocab_size=45, group=dist.group.WORLD
             )
+            hidden, buffer = mine["hidden"].requires_grad_(), torch.zeros_like(mine["weight"])
+            loss, _ = linear_policy_loss(
+                **mine, vocab_start=start, vocab_size=45, group=dist.group.WORLD,
+                denominator=float(mine["mask"].sum()), weight_grad=buffer, upstream=3.0,
+            )  # fmt: skip
+            (3 * loss).backward()
+        torch.testing.assert_close([hidden.grad, buffer], outputs[1:3], rtol=1e-5, atol=1e-6)
         return [x.tolist() for x in outputs]
 
     results = [[torch.tensor(y) for y in outputs] for outputs in run_world(ranks, rank)]
