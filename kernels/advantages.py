@@ -70,7 +70,11 @@ def row_bounds(row, cu_ptr, length, n):
 def _with_block(count, mean, squares, x, valid):
     """Moments so far, joined by those of a block x, which is 0 where it is not valid."""
     more = tl.sum(valid.to(x.dtype), 0)
-    block_mean = tl.sum(x, 0) / tl.maximum(more, 1)
+    rough = tl.sum(x, 0) / tl.maximum(more, 1)
+    # a GPU divides to two units in the last place, and the sum has rounded: at a mean of 100 that
+    # is 2e-5, which the deviations from it still know
+    rest = tl.sum(tl.where(valid, x - rough, 0), 0) / tl.maximum(more, 1)
+    block_mean = rough + rest
     deviation = tl.where(valid, x - block_mean, 0)
     shift = block_mean - mean
     total = count + more
@@ -87,7 +91,8 @@ def _joined(parts_ptr, parts, PARTS: tl.constexpr):
     mean = tl.load(parts_ptr + 3 * i + 1, mask=i < parts, other=0)
     squares = tl.load(parts_ptr + 3 * i + 2, mask=i < parts, other=0)
     total = tl.sum(count, 0)
-    total_mean = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    rough = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    total_mean = rough + tl.sum(count * (mean - rough), 0) / tl.maximum(total, 1)
     shift = mean - total_mean
     return total, total_mean, tl.sum(squares + count * shift * shift, 0)
 
