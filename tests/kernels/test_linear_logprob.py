@@ -50,6 +50,12 @@ def plain(hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias=None, **option
     return reference.token_logprobs(logits, tokens, **options)
 
 
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch) -> None:
+    """Without a gradient `_fused` runs, however many rows there are."""
+    monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 10**6)
+
+
 @pytest.fixture(params=["whole", "pieces"])
 def pieces(request, monkeypatch) -> Iterator[None]:
     """At once, and in pieces that divide neither the rows nor the columns, then also without a

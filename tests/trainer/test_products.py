@@ -49,7 +49,7 @@ def iterate(tied: bool, fused_rows: int) -> tuple[list[Product], list[Product], 
     return *(of_size(part, VOCAB) for part in parts), longest, log
 
 
-@pytest.mark.parametrize("tied, fused_rows", [(True, 0), (False, 1024)])
+@pytest.mark.parametrize("tied, fused_rows", [(True, 0), (False, 10**6)])
 def test_all_rows_of_the_size_of_the_vocabulary_are_aligned(tied, fused_rows, device) -> None:
     decoding, rest, steps, log = run_world(1, iterate, tied, fused_rows)[0]
     assert_aligned(decoding + rest)
