@@ -26,7 +26,8 @@ demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-
 	@echo "Open $(OUT)/report.html in a browser."
 
 test: setup  ## kernels under Triton's interpreter, then everything else
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels \
+		tests/trainer/test_products.py
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests bench --benchmark-disable \
 		--ignore tests/kernels --ignore tests/peers
 

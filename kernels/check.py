@@ -221,6 +221,36 @@ def check_denominator(denominator: float | Tensor | None) -> None:
         raise ValueError(f"denominator is {denominator}; it must be positive")
 
 
+def check_weight_grad(
+    weight_grad: Tensor | None, upstream: float, hidden: Tensor, weight: Tensor,
+    denominator: float | Tensor | None,
+) -> None:  # fmt: skip
+    """What a gradient asks for that is added to the caller's buffer before backward."""
+    if isinstance(upstream, Tensor) or not abs(upstream) < torch.inf:
+        raise ValueError(f"upstream is {upstream}; it must be a finite number")
+    if weight_grad is None:
+        if upstream != 1:
+            raise ValueError(f"upstream is {upstream}; without weight_grad, backward is told it")
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_grad is given; torch.compile does not see that it changes")
+    fits = weight_grad.shape[1:] == weight.shape[1:] and len(weight_grad) >= len(weight)
+    if not fits or weight_grad.stride(1) != 1 or weight_grad.requires_grad:
+        raise ValueError(
+            f"weight_grad has shape {tuple(weight_grad.shape)}, strides {weight_grad.stride()}; it "
+            f"must be a constant of shape {tuple(weight.shape)} with contiguous rows"
+        )
+    if weight_grad.dtype != torch.float32 or weight_grad.device != weight.device:
+        raise ValueError(
+            f"weight_grad is {weight_grad.dtype} on {weight_grad.device}; it must be torch.float32 "
+            f"on {weight.device}"
+        )
+    if denominator is None or isinstance(denominator, Tensor):
+        raise ValueError(f"denominator is {denominator}; with weight_grad it must be a number")
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        raise ValueError("weight_grad is given, but hidden requires no gradient: detached, maybe")
+
+
 def check_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
     dual_clip: float | None, aggregation: str, denominator: float | Tensor | None,

@@ -36,6 +36,7 @@ from tetrad.kernels.launch import (
     runs_kernel,
 )
 from tetrad.kernels.linear_logprob import (
+    aligned,
     gradients_like,
     input_gradients,
     logits_of,
@@ -420,7 +421,7 @@ def _linear_exact_kl_backward(
     def dlogits(columns: slice) -> Tensor:
         x = logits_of(hidden, weight[columns], None)
         y = logits_of(ref_hidden, ref_weight[columns], None)
-        dx = torch.empty(x.shape, dtype=hidden.dtype, device=x.device)
+        dx = aligned(x.shape[1], x.shape[2], hidden.dtype, x.device)[None]
         _write_dlogits(dx, dkl, x, y, mask, t, saved, x.shape[2])
         return dx[0]
 

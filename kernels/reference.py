@@ -26,6 +26,7 @@ from tetrad.kernels.check import (
     check_rows,
     check_same_shape,
     check_token_logprobs,
+    check_weight_grad,
 )
 
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
@@ -200,6 +201,20 @@ def linear_token_logprobs(
     )  # fmt: skip
 
 
+def _adding_to(weight_grad: Tensor | None, weight: Tensor) -> Tensor:
+    """weight as a leaf of its own whose gradient is added to weight_grad, if it is given."""
+    if weight_grad is None or not torch.is_grad_enabled():
+        return weight
+    leaf = weight.detach().requires_grad_()
+
+    def add(leaf: Tensor) -> None:
+        weight_grad[: len(leaf)].add_(leaf.grad)  # type: ignore[arg-type]
+        leaf.grad = None
+
+    leaf.register_post_accumulate_grad_hook(add)
+    return leaf
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -212,12 +227,18 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     denominator: float | Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    upstream: float = 1.0,
 ) -> Tensor:
     """-sum of `linear_token_logprobs` over the tokens that count, over their number: a scalar.
 
     denominator: the token count of the global batch when this is a part of it.
+    weight_grad: what backward adds the gradient of weight to, in place of weight.grad. upstream,
+    what backward will be given, has no meaning here.
     """
     check_denominator(denominator)
+    check_weight_grad(weight_grad, upstream, hidden, weight, denominator)
+    weight = _adding_to(weight_grad, weight)
     logprobs = linear_token_logprobs(
         hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
         vocab_start=vocab_start, vocab_size=vocab_size, group=group,
@@ -563,8 +584,15 @@ def linear_policy_loss(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    weight_grad: Tensor | None = None,
+    upstream: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...)."""
+    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...).
+
+    weight_grad and upstream as in `linear_cross_entropy`.
+    """
+    check_weight_grad(weight_grad, upstream, hidden, weight, denominator)
+    weight = _adding_to(weight_grad, weight)
     logprobs: Any = linear_token_logprobs(
         hidden, weight, torch.where(mask != 0, tokens, IGNORED), bias=bias,
         temperature=temperature, ignore_index=IGNORED, vocab_start=vocab_start,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.fakegpu import ARCHITECTURES, FakeGPU
-from tetrad.kernels import check
+from tetrad.kernels import check, linear_logprob
 from tetrad.kernels.advantages import gae, ppo_advantages, whiten
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 from tetrad.kernels.kl import token_kl
@@ -51,6 +51,12 @@ def bounds() -> Tensor:
 
 def mask() -> Tensor:
     return torch.zeros(8, 4096, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def many_rows_too(monkeypatch) -> None:
+    """The fused product compiles whether or not it is the one that is chosen."""
+    monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 10**6)
 
 
 # A call per op and per way through it that compiles differently. 128256 columns are aligned for
