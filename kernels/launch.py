@@ -2,7 +2,9 @@
 
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton does: fixed at import
 MAX_BLOCK = 4096  # columns: 32 per thread of 4 warps; wider blocks spill registers
 MAX_PROGRAMS = 1024  # that leave partial sums: whoever joins them reads them all
+_tickets: dict[tuple[torch.device, int], Tensor] = {}  # of a device and its stream, at rest
+_thread = threading.local()  # .dispatched: whether PyTorch's dispatcher called the op that runs
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -29,6 +33,31 @@ def row_block(n_columns: int) -> int:
 def programs(units: int) -> tuple[int]:
     """Grid of the kernels that leave partial sums: one program at least, which writes zeros."""
     return (max(1, min(units, MAX_PROGRAMS)),)
+
+
+@contextmanager
+def ticket(device: torch.device) -> Iterator[Tensor]:
+    """A counter () int32 of the programs of one launch, 0; the last of them must write 0 again.
+
+    A stream keeps its own, so a launch needs no fill of its own: those of one stream follow each
+    other, those of two share nothing. It is taken away while it is in use and comes back after a
+    launch that did not raise: one that was interrupted leaves nothing behind.
+    What a graph replays has a counter that the graph itself allocates and fills: its memory is the
+    graph's, and may hold something else between two replays. PyTorch says so while it captures, but
+    not while it warms up for a graph of compiled code (mode="reduce-overhead"), which has memory of
+    its own too; hence a fill for whatever the dispatcher calls.
+    """
+    owned = getattr(_thread, "dispatched", False)
+    stream = 0
+    if device.type == "cuda":
+        owned = owned or torch.cuda.is_current_stream_capturing()
+        stream = triton.runtime.driver.active.get_current_stream(device.index)  # it launches there
+    counter = None if owned else _tickets.pop((device, stream), None)
+    if counter is None:
+        counter = torch.zeros((), dtype=torch.int32, device=device)
+    yield counter
+    if not owned:
+        _tickets[device, stream] = counter
 
 
 def real_dtype(*tensors: Tensor) -> torch.dtype:
@@ -84,7 +113,7 @@ class Op:
     dispatcher would cost 60 us of host time a call, several times a small kernel.
     """
 
-    def __init__(self, function: Callable, outputs: Callable) -> None:
+    def __init__(self, function: Callable, outputs: Callable, name: str | None = None) -> None:
         @functools.wraps(function)
         def run(*args):
             x = next(y for y in args if isinstance(y, Tensor))
@@ -94,9 +123,17 @@ class Op:
                 with torch.autocast(x.device.type, enabled=False):
                     return function(*args)
 
+        @functools.wraps(function)
+        def dispatched(*args):
+            before, _thread.dispatched = getattr(_thread, "dispatched", False), True
+            try:
+                return run(*args)
+            finally:
+                _thread.dispatched = before
+
         self.eager: Callable = run
-        name = f"tetrad::{function.__name__.removeprefix('_')}"
-        self.registered = torch.library.custom_op(name, run, mutates_args=())
+        name = f"tetrad::{name or function.__name__.removeprefix('_')}"
+        self.registered = torch.library.custom_op(name, dispatched, mutates_args=())
         self.registered.register_fake(outputs)
 
     def __call__(self, *args):
@@ -121,6 +158,6 @@ class Op:
         self.eager = Eager.apply
 
 
-def op(outputs: Callable) -> Callable[[Callable], Op]:
+def op(outputs: Callable, name: str | None = None) -> Callable[[Callable], Op]:
     """Decorator: make `_name(tensors and numbers) -> tensors` the Op torch.ops.tetrad.name."""
-    return lambda function: Op(function, outputs)
+    return lambda function: Op(function, outputs, name)
