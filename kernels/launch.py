@@ -104,6 +104,24 @@ def all_reduce(x: Tensor, group: str) -> None:
     dist.all_reduce(x, group=_resolved(group))
 
 
+def _first_order(gradient: Callable) -> Callable:
+    """A backward function whose results raise where they are differentiated again.
+
+    once_differentiable does so where an upstream gradient has a graph, and detaches where it has
+    none, as the 1 of `backward(create_graph=True)`. What depends on the inputs would be lost.
+    """
+    refusing = once_differentiable(gradient)
+
+    def backward(ctx, *upstream):
+        if torch.is_grad_enabled():  # create_graph
+            upstream = tuple(
+                x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in upstream
+            )
+        return refusing(ctx, *upstream)
+
+    return backward
+
+
 class Op:
     """An op that torch.compile and torch.export see as one node, torch.ops.tetrad.name.
 
@@ -142,7 +160,11 @@ class Op:
         return self.eager(*args)
 
     def differentiate(self, setup_context: Callable, gradient: Callable) -> None:
-        """Give it a gradient, by the signatures of torch.library.register_autograd."""
+        """Give it a gradient, by the signatures of torch.library.register_autograd.
+
+        It is a constant of autograd: to differentiate it again raises.
+        """
+        gradient = _first_order(gradient)
         self.registered.register_autograd(gradient, setup_context=setup_context)
         run = self.eager
 
@@ -153,7 +175,7 @@ class Op:
                 setup_context(ctx, args, output)
                 return output
 
-            backward: Callable = staticmethod(once_differentiable(gradient))
+            backward: Callable = staticmethod(gradient)
 
         self.eager = Eager.apply
 

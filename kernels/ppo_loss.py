@@ -59,7 +59,7 @@ def finish(
     scale_ptr,  # () fp32, out: 1 / normaliser
     denominator,  # 0 means: the sum of the weights
     STATS: tl.constexpr,
-    LAST_IS_MAX: tl.constexpr,
+    LAST_IS_MAX: tl.constexpr,  # of what the one before it is the mean of
     PROGRAMS: tl.constexpr,
 ):
     """What every program calls once it has stored its parts: the last one adds them all up."""
@@ -79,14 +79,17 @@ def finish(
             normaliser = tl.maximum(tl.sum(weights, 0), 1)
             normaliser = tl.where(denominator > 0, tl.cast(denominator, REAL), normaliser)
         tl.store(scale_ptr, 1 / normaliser)
+        mean = normaliser
         for k in tl.static_range(STATS + 1):
             part = tl.load(parts_ptr + k * programs + i, mask=inside, other=0, cache_modifier=".cg")
             if k == 0:
                 tl.store(loss_ptr, tl.sum(part, 0) / normaliser)
             elif LAST_IS_MAX and k == STATS:
-                tl.store(stats_ptr + k - 1, tl.max(part, 0))
+                top = tl.max(part, 0)  # which drops a NaN, as a mean does not
+                tl.store(stats_ptr + k - 1, tl.where(mean == mean, top, mean))
             else:
-                tl.store(stats_ptr + k - 1, tl.sum(part, 0) / normaliser)
+                mean = tl.sum(part, 0) / normaliser
+                tl.store(stats_ptr + k - 1, mean)
 
 
 @triton.jit
@@ -158,7 +161,7 @@ def _policy(
             A = tl.where(valid, A, 0)
             w = tl.where(valid, weight, 0)
 
-            moves = tl.abs(d) <= MAX_LOG_RATIO
+            held = tl.abs(d) > MAX_LOG_RATIO  # NaN is not: it must reach the gradient
             # no tl.clamp: between -c and c it compiles to an instruction that fp64 has not
             d = tl.maximum(tl.minimum(d, MAX_LOG_RATIO, ALL), -MAX_LOG_RATIO, ALL)
             ratio = tl.exp(d)
@@ -179,7 +182,7 @@ def _policy(
             top = tl.maximum(top, tl.max(fours, 1))
             weights += _by_fours(w, BLOCK)
             if gradient_ptr is not None:
-                gradient = tl.where(moves, w * share * plain, 0)
+                gradient = tl.where(held, 0, w * share * plain)
                 tl.store(gradient_ptr + at, gradient, mask=inside)
     tl.store(parts_ptr + program, tl.sum(losses, 0))
     tl.store(parts_ptr + programs + program, tl.sum(clips, 0))

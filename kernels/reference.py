@@ -5,6 +5,7 @@ What `mask` hides is unreadable: it is selected away, never multiplied by zero, 
 there changes neither results nor gradients, and the result there is 0.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from tetrad.kernels.check import (
 )
 
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
+MAX_DIFFERENCE = 1e8  # nats: less than e^20, so that k3 stays positive however unlikely a token is
 IGNORED = -(2**31)  # the token of a position that a mask hides: -100 might be one by mistake
 
 
@@ -232,7 +234,8 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
 
     With d = log p - log q: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d, "abs" |d|
     (Schulman 2020, joschu.net/blog/kl-approx.html). k1 and k3 are unbiased; k3 is never negative;
-    as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there.
+    as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there;
+    and the d beside it at -1e8.
     """
     check_one_of("estimator", estimator, ESTIMATORS)
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -243,7 +246,10 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
         return 0.5 * d.square()
     if estimator == "abs":
         return d.abs()
-    return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
+    beyond = d < -MAX_LOG_RATIO
+    x = torch.where(beyond, 0.0, -d)  # selected, not clamped: clamp hides a NaN from the gradient
+    held = math.expm1(MAX_LOG_RATIO) + d.clamp(min=-MAX_DIFFERENCE)
+    return torch.where(beyond, held, torch.expm1(x) - x)
 
 
 def exact_kl(
@@ -524,7 +530,8 @@ def policy_loss(
     valid = mask != 0
     logprobs, old_logprobs, advantages = _reals(logprobs, old_logprobs, advantages)
     d = torch.where(valid, logprobs - old_logprobs, 0.0)
-    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    held = d.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    d = torch.where(d.abs() > MAX_LOG_RATIO, held, d)  # clamp would hide a NaN from the gradient
     A = torch.where(valid, advantages, 0.0)
     ratio = d.exp()
     plain, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
