@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from triton.runtime.errors import InterpreterError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton does: fixed at import
 MAX_BLOCK = 4096  # columns: 32 per thread of 4 warps; wider blocks spill registers
@@ -87,6 +88,11 @@ def group_name(group: dist.ProcessGroup | None) -> str | None:
     return None if group is None else group.group_name
 
 
+def group_of(name: str | None) -> dist.ProcessGroup | None:
+    """The process group of that name."""
+    return None if name is None else _resolved(name)
+
+
 def _resolved(group: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
 
@@ -135,11 +141,19 @@ class Op:
         @functools.wraps(function)
         def run(*args):
             x = next(y for y in args if isinstance(y, Tensor))
-            with torch.cuda.device_of(x):
-                if not torch.is_autocast_enabled(x.device.type):
-                    return function(*args)
-                with torch.autocast(x.device.type, enabled=False):
-                    return function(*args)
+            try:
+                with torch.cuda.device_of(x):
+                    if not torch.is_autocast_enabled(x.device.type):
+                        return function(*args)
+                    with torch.autocast(x.device.type, enabled=False):
+                        return function(*args)
+            except InterpreterError as error:
+                if "0-dimensional" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "Triton 3.6 interprets (TRITON_INTERPRET=1) with NumPy before 2.4 alone: "
+                    "install triton>=3.7 or numpy<2.4"
+                ) from error
 
         @functools.wraps(function)
         def dispatched(*args):

@@ -26,6 +26,7 @@ from tetrad.kernels.check import (
     check_ranking_loss,
     check_rows,
     check_same_shape,
+    check_temperature,
     check_token_logprobs,
 )
 
@@ -83,6 +84,7 @@ def token_logprobs(
     """
     check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
     V = logits.shape[-1]
+    check_temperature(temperature, tokens, ignore_index)
     counted = tokens != ignore_index
     x = torch.where(counted[..., None], _real(logits), 0.0)
     if isinstance(temperature, Tensor):
@@ -268,6 +270,7 @@ def exact_kl(
     `token_logprobs`. mask (...): where it is 0 the result and the gradient are 0; default all.
     """
     check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
+    check_temperature(temperature, mask)
     V = logits.shape[-1]
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask != 0
     t = temperature
@@ -327,12 +330,9 @@ def linear_exact_kl(
     )  # fmt: skip
 
 
-def _rows(bounds: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
-    """For packed tokens: the sequence of each (N,), its place in it (N,), the longest length."""
-    lengths = bounds.long().diff()
-    sequence = torch.repeat_interleave(lengths)
-    place = torch.arange(n_tokens, device=bounds.device) - bounds.long()[sequence]
-    return sequence, place, int(lengths.max()) if len(lengths) else 0
+def _sequence_of(bounds: Tensor, n_tokens: int) -> Tensor:
+    """(N,): the number of the sequence to which each packed token belongs."""
+    return torch.repeat_interleave(bounds.long().diff(), output_size=n_tokens)
 
 
 def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
@@ -367,7 +367,9 @@ def gae(
     """
     B = check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
     if cu_seqlens is not None:
-        sequence, place, T = _rows(cu_seqlens, len(rewards))
+        sequence = _sequence_of(cu_seqlens, len(rewards))
+        place = torch.arange(len(rewards), device=mask.device) - cu_seqlens.long()[sequence]
+        T = int(cu_seqlens.diff().max()) if B else 0
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(B, T).index_put((sequence, place), x)
@@ -466,7 +468,7 @@ def ppo_advantages(
     if cu_seqlens is None:
         sequence = torch.arange(S, device=mask.device).repeat_interleave(mask.shape[1])
     else:
-        sequence, _, _ = _rows(cu_seqlens, len(mask))
+        sequence = _sequence_of(cu_seqlens, len(mask))
     last = _last_valid(valid.flatten(), sequence, S).view_as(valid)
     rewards = -kl_coef * kl + torch.where(last, scores[sequence].view_as(kl), 0.0)
     if whiten_rewards:
@@ -491,7 +493,7 @@ def _aggregate(
     if cu_seqlens is None:
         sums, counts = x.sum(1), valid.sum(1)
     else:
-        sequence, _, _ = _rows(cu_seqlens, len(x))
+        sequence = _sequence_of(cu_seqlens, len(x))
         zeros = x.new_zeros(len(cu_seqlens) - 1)
         sums = zeros.index_add(0, sequence, x)
         counts = zeros.index_add(0, sequence, valid.to(x.dtype))
@@ -605,7 +607,8 @@ def value_loss(
     tensors = _reals(values, old_values, returns)
     v, old, target = (torch.where(valid, x, 0.0) for x in tensors)
     plain = (v - target).square()
-    clipped = (v.clamp(old - clip_range, old + clip_range) - target).square()
+    known = torch.where(old.isnan(), old, 1.0)  # a factor: clamp hides a NaN from the gradient
+    clipped = ((v * known).clamp(old - clip_range, old + clip_range) - target).square()
 
     def mean(x: Tensor) -> Tensor:
         return _aggregate(x, mask, aggregation, denominator, cu_seqlens)
@@ -618,6 +621,20 @@ def value_loss(
             "error": mean(plain),
         }
     return mean(0.5 * torch.maximum(plain, clipped)), stats
+
+
+def _places(better: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and True of each pair (i, j) that is true, of which (j, i) is false.
+
+    torch.compile needs to know their number: then they are as many as can be, the rest False.
+    """
+    if torch.compiler.is_compiling():
+        most = len(better) * (len(better) - 1) // 2
+        places = torch.nonzero_static(better, size=most, fill_value=-1)
+    else:
+        places = better.nonzero()
+    row, column = places.unbind(1)
+    return row, column, row >= 0
 
 
 def ranking_loss(
@@ -635,16 +652,17 @@ def ranking_loss(
     part of the batch. Without any comparison both are 0.
     """
     check_ranking_loss(scores, ranks, cu_prompts, denominator)
-    prompt, _, _ = _rows(cu_prompts, len(scores))
+    prompt = _sequence_of(cu_prompts, len(scores))
     s = _real(scores)
     better = (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
-    winner, loser = better.nonzero(as_tuple=True)
-    margin = s[winner] - s[loser]
+    winner, loser, real = _places(better)
+    margin = torch.where(real, s[winner] - s[loser], 0.0)
     zeros = s.new_zeros(len(cu_prompts) - 1)
-    pairs = zeros.index_add(0, prompt[winner], torch.ones_like(margin))
+    pairs = zeros.index_add(0, prompt[winner], real.to(s.dtype))
     n = (pairs > 0).sum().clamp(min=1) if denominator is None else denominator
 
     def mean(x: Tensor) -> Tensor:
+        x = torch.where(real, x, 0.0)
         return (zeros.index_add(0, prompt[winner], x) / pairs.clamp(min=1)).sum() / n
 
     loss = mean(-torch.nn.functional.logsigmoid(margin))

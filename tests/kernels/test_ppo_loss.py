@@ -230,13 +230,30 @@ def test_nothing_masked_is_read_and_runs_repeat(name, aggregation, device) -> No
         assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
+@BOTH
 @LOSSES
-def test_a_valid_nan_shows(name, device) -> None:
-    """Also where a clip would swallow it: in the old values, in the ratio."""
+def test_a_valid_nan_shows(ops, name, device) -> None:
+    """Also where a clip, a clamp or a maximum would swallow it: in the old values, in the ratio."""
     for i in range(3):
         *inputs, mask = batch(2, 5, device)
         inputs[i][0, 2] = torch.nan
-        assert getattr(ppo_loss, name)(*inputs, mask)[0].isnan()
+        got = run(getattr(ops, name), *inputs, mask)
+        assert got["loss"].isnan() and got["gradient"][0, 2].isnan()
+        assert got["gradient"].isnan().sum() == 1
+        if name == "policy_loss":
+            assert got["ratio_max"].isnan() == (i < 2)
+
+
+@BOTH
+def test_log_probs_of_minus_infinity_are_held_like_any_other(ops, device) -> None:
+    """20 nats from the old policy: approx_kl is e^d - 1 - d of that, no gradient."""
+    x = torch.tensor([-math.inf, -1.0, 0.0], device=device)
+    old = torch.tensor([-1.0, -math.inf, 1e10], device=device)
+    for i, d in (0, -20), (1, 20), (2, -20):
+        A, mask = -torch.ones(1, device=device), torch.ones(1, device=device)
+        got = run(ops.policy_loss, x[i : i + 1], old[i : i + 1], A, mask)
+        assert got["approx_kl"].item() == pytest.approx(math.expm1(d) - d)
+        assert got["loss"].item() == pytest.approx(max(math.exp(d), 0.8)) and got["gradient"] == 0
 
 
 @AGGREGATIONS
@@ -477,6 +494,9 @@ def test_refusals(ops, device) -> None:
     refused("dual_clip is 1", ops.policy_loss, x, x, x, x, dual_clip=1)
     refused("aggregation is 'mean'", ops.value_loss, x, x, x, x, aggregation="mean")
     refused("denominator is 0", ops.value_loss, x, x, x, x, denominator=0)
+    for n in 0.0, -1.0, torch.nan:  # read on the CPU alone
+        message = f"denominator holds {n}; it must be positive"
+        refused(message, ops.value_loss, x, x, x, x, denominator=torch.tensor(n))
     refused(r"returns has shape \(3,\)", ops.value_loss, x, x, x[0], x)
     flat = x[0]
     refused("without cu_seqlens", ops.policy_loss, flat, flat, flat, flat,

@@ -157,6 +157,19 @@ def test_compiles_into_one_graph(device) -> None:
             assert torch.equal(x, y) and torch.equal(x, z)
 
 
+@pytest.mark.parametrize("K", [(4, 0, 8), (1,), ()], ids=str)
+def test_the_reference_compiles_into_one_graph(K, monkeypatch) -> None:
+    """Where a CPU's tensors are not interpreted. Its pairs are filled up to as many as can be."""
+    monkeypatch.setattr("tetrad.kernels.launch.INTERPRETED", False)
+    scores, ranks = torch.randn(sum(K)), torch.randint(1, 4, (sum(K),))
+    cu = bounds(*K, device="cpu")
+    for n in None, 3.0, torch.tensor(3):
+        expected = run(ranking_loss, scores, ranks, cu, denominator=n)
+        traced = run(compiled(ranking_loss), scores, ranks, cu, denominator=n)
+        for x, y in zip(traced, expected, strict=True):
+            assert torch.equal(x, y)
+
+
 def test_registered_as_pytorch_asks(device) -> None:
     scores, ranks = torch.randn(7, device=device), torch.randint(1, 5, (7,), device=device)
     for n, wanted in (None, True), (torch.tensor(2, device=device), False):
@@ -234,6 +247,9 @@ def test_refusals(ops, device) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             ops.ranking_loss(*args)
+    cu = bounds(3, device=device)
+    with pytest.raises(ValueError, match="denominator holds 0; it must be positive"):
+        ops.ranking_loss(scores, ranks, cu, denominator=torch.tensor(0))
     if device == "cpu":  # on a GPU the content of the bounds is trusted
         with pytest.raises(ValueError, match="cu_prompts must rise from 0 to 3"):
             ops.ranking_loss(scores, ranks, bounds(2, device=device))
