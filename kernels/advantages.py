@@ -41,6 +41,7 @@ from tetrad.kernels.kl import kl_estimate
 from tetrad.kernels.launch import (
     all_gather,
     group_name,
+    group_of,
     number_or_tensor,
     op,
     programs,
@@ -329,6 +330,14 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+def _hides_a_length(cu_seqlens: Tensor | None) -> bool:
+    """Whether torch.compile cannot trace the reference, which loops over the longest sequence.
+
+    It can have the registered op as one node, which runs the reference inside.
+    """
+    return cu_seqlens is not None and torch.compiler.is_compiling()
+
+
 def _sequences(mask: Tensor, cu_seqlens: Tensor | None, real: torch.dtype) -> tuple[int, int]:
     """How many there are, and the tokens of one scan: MAX_BLOCK, or what holds a short row."""
     most = MAX_BLOCK * 4 // real.itemsize  # fp64 takes two registers a number
@@ -371,6 +380,12 @@ def _gae(
     bootstrap: Tensor | None, gamma: float, gammas: Tensor | None, lam: float, lams: Tensor | None,
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not runs_kernel(rewards):
+        return reference.gae(
+            rewards, values, mask, gamma=gamma if gammas is None else gammas,
+            lam=lam if lams is None else lams, cu_seqlens=cu_seqlens, mask_mode=mask_mode,
+            bootstrap=bootstrap,
+        )  # fmt: skip
     advantages, returns = _gae_outputs(rewards, values, mask)
     S, block = _sequences(mask, cu_seqlens, advantages.dtype)
     rewards, values, mask = (x.contiguous() for x in (rewards, values, mask))
@@ -413,7 +428,7 @@ def gae(
     refuse_gradients(
         rewards=rewards, values=values, bootstrap=bootstrap, gamma=numbers[1], lam=numbers[3]
     )
-    if not runs_kernel(rewards):
+    if not runs_kernel(rewards) and not _hides_a_length(cu_seqlens):
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens,
             mask_mode=mask_mode, bootstrap=bootstrap,
@@ -477,6 +492,13 @@ def _ppo_advantages(
     lam: float, lams: Tensor | None, whiten_rewards: bool, whiten_advantages: bool, mask_mode: str,
     group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not runs_kernel(logprobs):
+        return reference.ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
+            gamma=gamma if gammas is None else gammas, lam=lam if lams is None else lams,
+            whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages,
+            cu_seqlens=cu_seqlens, mask_mode=mask_mode, group=group_of(group),
+        )  # fmt: skip
     outputs = _ppo_outputs(scores, logprobs, ref_logprobs, values, mask)
     rewards, advantages, returns, kl = outputs
     S, block = _sequences(mask, cu_seqlens, advantages.dtype)
@@ -543,7 +565,7 @@ def ppo_advantages(
         scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
         gamma=numbers[1], lam=numbers[3],
     )  # fmt: skip
-    if not runs_kernel(logprobs):
+    if not runs_kernel(logprobs) and not _hides_a_length(cu_seqlens):
         return reference.ppo_advantages(
             scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
             gamma=gamma, lam=lam, whiten_rewards=whiten_rewards,

@@ -54,7 +54,7 @@ from tetrad.kernels.linear_logprob import (
     write_product,
 )
 from tetrad.kernels.logprob import columns_that_count, finish_parts, per_token, write_dlogits
-from tetrad.kernels.ppo_loss import POLICY_STATISTICS, _policy_loss, policy_loss
+from tetrad.kernels.ppo_loss import POLICY_STATISTICS, policy_loss, policy_loss_and_gradient
 from tetrad.kernels.reference import IGNORED
 
 ROWS = 4096  # at a time, on every rank of a group, however wide its shard of the vocabulary
@@ -302,7 +302,7 @@ def _linear_policy_loss(
     old, flat_advantages, valid = (x.reshape(-1) for x in (old_logprobs, advantages, mask))
 
     def slope(rows: slice, logprobs: Tensor) -> Tensor:
-        _, _, gradient, _ = _policy_loss(
+        _, _, gradient, _ = policy_loss_and_gradient(
             logprobs, old[rows], flat_advantages[rows], True, valid[rows], None, 1.0, None,
             "token-mean", clip_range, dual_clip,
         )  # fmt: skip
@@ -312,7 +312,7 @@ def _linear_policy_loss(
         slope, hidden, weight, bias, tokens, temperature, temperatures, IGNORED, vocab_start, V,
         group, weight_grad, upstream / (denominator or 1), need_hidden, need_weight,
     )  # fmt: skip
-    loss, statistics, _, _ = _policy_loss(
+    loss, statistics, _, _ = policy_loss_and_gradient(
         logprobs.view(mask.shape), old_logprobs, advantages, False, mask, cu_seqlens, denominator,
         denominators, aggregation, clip_range, dual_clip,
     )  # fmt: skip

@@ -133,7 +133,7 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "policy_loss": lambda: policy_loss(real(8, 4096), *padded(2), mask(), dual_clip=3.0),
     "policy_loss-sequences": lambda: policy_loss(
-        real(8, 4096), *padded(2), mask(), aggregation="sequence-mean", denominator=tokens(1)[0]
+        real(8, 4096), *padded(2), mask(), aggregation="sequence-mean", denominator=tokens(1)[0] + 1
     ),
     "value_loss": lambda: value_loss(real(8, 4096, dtype=half), *padded(2), mask()),
     "value_loss-packed": lambda: value_loss(
@@ -158,7 +158,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "ranking_loss": lambda: ranking_loss(real(8 * 4096), tokens(8 * 4096), bounds()),
     "ranking_loss-denominator": lambda: ranking_loss(
         real(8 * 4096, dtype=half), tokens(8 * 4096).int(), bounds().int(),
-        denominator=torch.zeros(()),
+        denominator=torch.ones(()),
     ),
 }  # fmt: skip
 
