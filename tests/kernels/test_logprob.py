@@ -23,8 +23,8 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 # One column has probability 1; 7 is less than a block and 128 one block exactly; 1000 is no power
-# of two; 50257 takes four splits, the last one ragged.
-SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 50257)]
+# of two; 70000 takes two splits, the second one of a whole block and a ragged one.
+SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 70000)]
 # 300 rows take three programs of _combine, the last one ragged.
 SIZES = [(N, V) for N in (0, 1, 5, 300) for V in (1, 7, 128, 1000, 50257)]
 
@@ -72,6 +72,14 @@ def test_any_size(N, V, device, assert_as_exact) -> None:
     outputs = (run(token_logprobs, logits), run(reference.token_logprobs, logits))
     for kernel, plain, truth in zip(*outputs, run(reference.token_logprobs, logits.double())):
         assert_as_exact(kernel, plain, truth)
+
+
+@pytest.mark.parametrize("V", [3 * 4096, 3 * 4096 + 1, 17 * 4096 + 1], ids=str)
+def test_the_token_in_any_block(V, device, check) -> None:
+    """Its block comes after those that are whole, and before one that is not: none twice."""
+    edges = [place for block in range(0, V, 4096) for place in (block - 1, block)]
+    tokens = torch.tensor([place % V for place in edges], device=device)
+    check(4 * torch.randn(len(tokens), V, device=device), tokens)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
