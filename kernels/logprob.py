@@ -497,6 +497,7 @@ def token_logprobs(
     With `entropy`, also the entropy of that softmax (...); both are differentiable in `logits`,
     which may have any strides and are left untouched. Where tokens == ignore_index the results and
     gradients are 0 and the logits are not read. A token outside the vocabulary has log-prob -inf.
+    A logit of +inf or NaN makes all results and gradients of its row NaN, but those of padding.
     temperature: a positive number, or a tensor that broadcasts to `tokens`.
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V), as many as it likes. Columns at or beyond `vocab_size` are

@@ -14,7 +14,7 @@ from tests.kernels import callers
 from tests.kernels.callers import LAYOUTS as MEMORY
 from tests.kernels.callers import laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import launch, logprob, reference
+from tetrad.kernels import exact_kl, launch, linear_logprob, logprob, reference
 from tetrad.kernels.logprob import token_logprobs
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -343,6 +343,61 @@ def test_rows_without_a_softmax_are_nan_as_in_pytorch(row, device) -> None:
     tokens = torch.tensor([5, 5], device=device)
     ours = token_logprobs(logits, tokens)
     assert ours.isnan().tolist() == logits.log_softmax(-1)[:, 5].isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("token", [5, 6])
+@pytest.mark.parametrize("entropy", [False, True])
+@IMPLEMENTATIONS
+def test_what_is_no_logit_reaches_every_result_of_its_row(
+    logprobs_of, entropy, token, bad, device
+) -> None:
+    """As the token's own logit or another's; not the padding, and not what is ignored."""
+    logits = torch.randn(3, 45, device=device)
+    logits[:, 5] = bad
+    logits[1, 5] = 0.0
+    logits.requires_grad_()
+    tokens = torch.tensor([token, token, -100], device=device)
+    outputs = logprobs_of(logits, tokens, entropy=entropy, vocab_size=40)
+    outputs = outputs if entropy else (outputs,)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    for y in outputs:
+        assert y[0].isnan() and y[1].isfinite() and y[2] == 0
+    assert logits.grad[0, :40].isnan().all() and (logits.grad[:, 40:] == 0).all()
+    assert logits.grad[1].isfinite().all() and (logits.grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("room", [linear_logprob, reference], ids=["kernel", "reference"])
+def test_what_is_no_logit_reaches_the_linear_op(room, bad, device) -> None:
+    hidden = torch.randn(2, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=True)
+    bias = torch.zeros(40, device=device)
+    bias[5] = bad
+    tokens = torch.tensor([6, -100], device=device)
+    logprobs = room.linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    logprobs.sum().backward()
+    with torch.no_grad():
+        fused = room.linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    for y in logprobs, fused:
+        assert y[0].isnan() and y[1] == 0
+    assert hidden.grad[0].isnan().all() and (hidden.grad[1] == 0).all()
+    assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("side", [0, 1], ids=["logits", "ref_logits"])
+@pytest.mark.parametrize("room", [exact_kl, reference], ids=["kernel", "reference"])
+def test_what_is_no_logit_reaches_the_exact_kl(room, side, bad, device) -> None:
+    pair = torch.randn(2, 3, 45, device=device)
+    pair[side, ::2, 5] = bad
+    logits = pair[0].clone().requires_grad_()
+    mask = torch.tensor([1, 1, 0], device=device)
+    kl = room.exact_kl(logits, pair[1], mask=mask, vocab_size=40)
+    kl.sum().backward()
+    assert kl[0].isnan() and kl[1].isfinite() and kl[2] == 0
+    assert logits.grad[0, :40].isnan().all() and (logits.grad[:, 40:] == 0).all()
+    assert logits.grad[1].isfinite().all() and (logits.grad[2] == 0).all()
 
 
 def test_inplace_backward_writes_over_the_logits(device) -> None:
