@@ -302,7 +302,11 @@ def _backward(
     dlogits_ptr += _row_at(row, inner, d_outer_stride, d_inner_stride, UNIT)
     dlogits_ptr += first.to(tl.int64) * d_column_stride
     lanes = tile.to(tl.int64) * d_column_stride
-    tl.store(dlogits_ptr + lanes, dx, mask=tile < n_columns * UNIT - first)
+    room = n_columns * UNIT - first
+    if room >= BLOCK:  # without a mask, stores of 128 bits also where n_columns is odd
+        tl.store(dlogits_ptr + lanes, dx)
+    else:
+        tl.store(dlogits_ptr + lanes, dx, mask=tile < room)
 
 
 def unit_of(*tensors: Tensor, V: int) -> int:

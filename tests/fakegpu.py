@@ -83,6 +83,12 @@ class Kernel:
         wide = r"\bLDG\S*\.(128|256)\b|\b(global|buffer)_load_dwordx4\b"
         return len(re.findall(wide, self.listing))
 
+    @property
+    def wide_stores(self) -> int:
+        """How many instructions store 128 bits, or more, to global memory for each thread."""
+        wide = r"\bSTG\S*\.(128|256)\b|\b(global|buffer)_store_dwordx4\b"
+        return len(re.findall(wide, self.listing))
+
     @cached_property
     def listing(self) -> str:
         """The instructions, as the machine names them."""

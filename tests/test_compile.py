@@ -188,6 +188,18 @@ def test_logits_are_loaded_128_bits_at_a_time(call, architecture) -> None:
         assert kernel.wide_loads > 0
 
 
+@pytest.mark.parametrize("dtype", [half, single], ids=str)
+def test_an_odd_vocabulary_in_padded_rows_is_moved_128_bits_at_a_time(dtype, architecture) -> None:
+    """All but the last block of 50257 columns: rows are 50304 apart, and begin where loads do."""
+    with FakeGPU(architecture) as gpu:
+        logits = (1 * real(8, 50304, dtype=dtype))[:, :50257]
+        token_logprobs(logits, tokens(8), inplace_backward=True).sum().backward()
+    (forward,) = [kernel for kernel in gpu.kernels if kernel.name == "_forward"]
+    (backward,) = [kernel for kernel in gpu.kernels if kernel.name == "_backward"]
+    assert forward.wide_loads > 0
+    assert backward.wide_loads > 0 and backward.wide_stores > 0
+
+
 def test_the_fused_product_uses_tensor_cores_and_wide_loads(architecture) -> None:
     with FakeGPU(architecture) as gpu:
         CALLS[f"linear_token_logprobs-{half}-4096"]()

@@ -56,9 +56,10 @@ def test_spills_are_seen(architecture) -> None:
 
 
 @pytest.mark.parametrize("architecture", VENDORS)
-def test_narrow_loads_are_seen(architecture) -> None:
-    assert softmax(architecture, 1024, first=1).wide_loads == 0
-    assert softmax(architecture, 1024).wide_loads > 0
+def test_narrow_loads_and_stores_are_seen(architecture) -> None:
+    narrow, wide = softmax(architecture, 1024, first=1), softmax(architecture, 1024)
+    assert narrow.wide_loads == narrow.wide_stores == 0
+    assert wide.wide_loads > 0 and wide.wide_stores > 0
 
 
 def test_a_block_with_too_many_registers_is_seen() -> None:

@@ -1,10 +1,15 @@
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
+import triton
 from hypothesis import given, settings, strategies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -566,6 +571,45 @@ def test_moves_no_more_than_it_must(device) -> None:
     assert (reads[0, 0::2, :V] == 1).all() and reads.sum() == 2 * V
     assert (backward.writes(logits.grad) == 1).all()
     assert backward.bytes_written == logits.numel() * logits.element_size()
+
+
+# Without the changes of tests/kernels/interpreter.py: what a reader without a GPU tries first.
+AS_SHIPPED = """
+import torch
+from tetrad import linear_token_logprobs, token_logprobs
+from tetrad.kernels import launch, reference
+
+assert launch.INTERPRETED
+torch.manual_seed(0)
+tokens = torch.tensor([3, -100, 199])
+for op in token_logprobs, linear_token_logprobs:
+    inputs = [torch.randn(3, 200)]
+    if op is linear_token_logprobs:
+        inputs = [torch.randn(3, 16), torch.randn(200, 16)]
+    for options in {}, {"entropy": True, "temperature": torch.tensor([0.5, 1.0, 2.0])}:
+        results = []
+        for f in op, getattr(reference, op.__name__):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            outputs = f(*leaves, tokens, **options)
+            outputs = outputs if options else (outputs,)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+            with torch.no_grad():
+                again = f(*leaves, tokens, **options)
+            results.append([*outputs, *(x.grad for x in leaves), again[0] if options else again])
+        torch.testing.assert_close(*results)
+"""
+
+
+def test_runs_in_the_interpreter_as_triton_ships_it(device) -> None:
+    """In fp32: of bf16 it multiplies the bit patterns."""
+    if device != "cpu":
+        pytest.skip("a GPU runs the kernels compiled")
+    old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
+    if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 asks for int() of an array (1,), which NumPy refuses since 2.4")
+    subprocess.run(
+        [sys.executable, "-c", AS_SHIPPED], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
+    )
 
 
 def test_runs_the_reference_where_no_kernel_runs(device, monkeypatch) -> None:
