@@ -241,7 +241,7 @@ def _backward(
     dlogits_ptr += (row // inner * d_outer_stride + row % inner * d_inner_stride) * UNIT
     tl.store(
         dlogits_ptr + wide * d_column_stride,
-        tl.where(live, dkl * dx / t, 0.0),
+        tl.where(mask, dkl * dx / t, 0.0),
         mask=columns < n_columns * UNIT,
     )
 

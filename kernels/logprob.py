@@ -37,10 +37,11 @@ from tetrad.kernels.check import (
 )
 from tetrad.kernels.launch import all_gather, group_name, op, row_block, runs_kernel
 
-BLOCKS_PER_SPLIT = 4
+BLOCKS_PER_SPLIT = 16  # what a program does around its blocks is 5 % of its instructions
 ROWS_PER_COMBINE = 128
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-1000.0)  # stands for the log2 of a weight of 0: 0 * -inf would be NaN
 
 
 @triton.jit
@@ -73,10 +74,18 @@ def online(top, total, weighted, x, scale, ENTROPY: tl.constexpr):
     weights = tl.exp2(z)
     moved = decay(top, new_top, scale)
     if ENTROPY:
-        z = tl.where(x == -float("inf"), 0.0, z)
+        z = tl.maximum(z, LEAST)
         weighted = tl.exp2(moved) * (weighted + total * moved) + tl.sum(weights * z, 1)
     total = tl.exp2(moved) * total + tl.sum(weights, 1)
     return new_top, total, weighted
+
+
+@triton.jit
+def _row_at(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
+    """Where a row of (outer, inner, columns) starts: 32k rows of a 128k vocabulary pass 2**31."""
+    # The division is done before widening: one of 64 bits takes a hundred instructions.
+    outer, place = (row // inner).to(tl.int64), (row % inner).to(tl.int64)
+    return (outer * outer_stride + place * inner_stride) * UNIT
 
 
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start", "inner", "N"])
@@ -100,17 +109,21 @@ def _forward(
     GROUP: tl.constexpr,  # columns of a block that a thread holds side by side
     SPLIT: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # 32k rows of a 128k vocabulary pass 2**31
+    row = tl.program_id(0)
     first = tl.program_id(1) * SPLIT
     V = V * UNIT
     token = tl.load(tokens_ptr + row).to(tl.int64)
     t = tl.load(temperature + row) if PER_TOKEN else temperature
     scale = LOG2E / t
-    logits_ptr += (row // inner * outer_stride + row % inner * inner_stride) * UNIT
+    logits_ptr += _row_at(row, inner, outer_stride, inner_stride, UNIT)
     end = tl.where(token == ignore_index, first, tl.minimum(first + SPLIT, V))
     column = token - vocab_start
     here = (column >= first) & (column < end)
-    hit = tl.where(here, column, -1).to(tl.int32)
+    # Blocks that are whole and without the token need neither mask nor comparison, which would be
+    # a quarter of the instructions. So the token's own block comes after them, and then the rest.
+    whole = (end - first) // BLOCK
+    own = tl.where(here, (column - first) // BLOCK, whole).to(tl.int32)
+    plain = tl.where(own < whole, whole - 1, whole)
 
     # One maximum per thread and GROUP columns: a maximum per column would cost two exp2 for each.
     tile = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -118,14 +131,20 @@ def _forward(
     total = tl.zeros([BLOCK // GROUP], tl.float32)
     weighted = tl.zeros([BLOCK // GROUP], tl.float32)
     scales = tl.zeros([BLOCK // GROUP], tl.float32) + scale
-    for start in range(first, end, BLOCK):
-        columns = start + tile
+    lanes = tile.to(tl.int64) * column_stride  # strides of columns may be large
+    for i in range(plain):
+        start = first + tl.where(i < own, i, i + 1) * BLOCK
+        x = tl.load(logits_ptr + start.to(tl.int64) * column_stride + lanes).to(tl.float32)
+        top, total, weighted = online(top, total, weighted, x, scales, ENTROPY)
+    for i in range(plain, tl.cdiv(end - first, BLOCK)):
+        start = first + tl.where(i < whole, own, i) * BLOCK
         x = tl.load(
-            logits_ptr + columns.to(tl.int64) * column_stride,
-            mask=columns < V,
+            logits_ptr + start.to(tl.int64) * column_stride + lanes,
+            mask=tile < end - start,
             other=-float("inf"),
         ).to(tl.float32)
-        x = tl.where(columns == hit, -float("inf"), x)
+        hit = tl.where(here, column - start, -1).to(tl.int32)
+        x = tl.where(tile == hit, -float("inf"), x)
         top, total, weighted = online(top, total, weighted, x, scales, ENTROPY)
 
     new_top = tl.max(top, 0)
@@ -238,41 +257,56 @@ def _backward(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    V = V * UNIT
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wide = columns.to(tl.int64)
+    row = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK
+    tile = tl.arange(0, BLOCK)
+    left = V * UNIT - first  # columns that count, of this block and those behind it
     token = tl.load(tokens_ptr + row).to(tl.int64)
     t = tl.load(temperature + row) if PER_TOKEN else temperature
-    live = token != token
+    ignored = token == ignore_index
+    upstream = 0.0
     if dlogprobs_ptr is not None:
-        dlogprob = tl.load(dlogprobs_ptr + row)
-        live = dlogprob != 0
+        dlogprob = tl.where(ignored, 0.0, tl.load(dlogprobs_ptr + row))
+        upstream += tl.abs(dlogprob)
     if dentropy_ptr is not None:
-        dentropy = tl.load(dentropy_ptr + row)
-        live = live | (dentropy != 0)
-    live = live & (token != ignore_index)
+        dentropy = tl.where(ignored, 0.0, tl.load(dentropy_ptr + row))
+        upstream += tl.abs(dentropy)
 
-    logits_ptr += (row // inner * outer_stride + row % inner * inner_stride) * UNIT
-    mask = (columns < V) & live
-    x = tl.load(logits_ptr + wide * column_stride, mask=mask, other=-float("inf")).to(tl.float32)
-    top, total = tl.load(saved_ptr + row), tl.load(saved_ptr + N.to(tl.int64) + row)
-    log2_p = (x - finite(top)) * (LOG2E / t) - tl.log2(total)
-    p = tl.exp2(log2_p)
     dx = tl.zeros([BLOCK], tl.float32)
-    if dlogprobs_ptr is not None:
-        rest = tl.load(saved_ptr + 2 * N.to(tl.int64) + row)
-        hit = (columns == token - vocab_start) & (columns < V)
-        dx = dlogprob * tl.where(hit, rest / total, -p)
-    if dentropy_ptr is not None:
-        log_p = tl.where(x == -float("inf"), 0.0, log2_p * LN2)  # 0 * -inf would be NaN
-        dx -= dentropy * p * (log_p + tl.load(entropy_ptr + row))
-    dlogits_ptr += (row // inner * d_outer_stride + row % inner * d_inner_stride) * UNIT
-    tl.store(
-        dlogits_ptr + wide * d_column_stride,
-        tl.where(live, dx / t, 0.0),
-        mask=columns < n_columns * UNIT,
-    )
+    if upstream != 0:
+        wide = N.to(tl.int64)
+        saved_ptr += row
+        top, total = tl.load(saved_ptr), tl.load(saved_ptr + wide)
+        logits_ptr += _row_at(row, inner, outer_stride, inner_stride, UNIT)
+        logits_ptr += first.to(tl.int64) * column_stride
+        lanes = tile.to(tl.int64) * column_stride
+        if left >= BLOCK:
+            x = tl.load(logits_ptr + lanes).to(tl.float32)
+        else:
+            x = tl.load(logits_ptr + lanes, mask=tile < left, other=-float("inf")).to(tl.float32)
+        z = (x - finite(top)) * (LOG2E / t)
+        weights = tl.exp2(z)
+        if dlogprobs_ptr is not None:
+            slope = dlogprob / t
+            dx = weights * (-slope / total)
+            hit = token - vocab_start - first
+            if (hit >= 0) & (hit < tl.minimum(left, BLOCK)):  # no other block compares
+                one_minus_p = tl.load(saved_ptr + 2 * wide) / total
+                dx = tl.where(tile == hit.to(tl.int32), slope * one_minus_p, dx)
+        if dentropy_ptr is not None:
+            slope = dentropy / t / total
+            offset = slope * (tl.log(total) - tl.load(entropy_ptr + row))
+            dx += weights * (offset - (LN2 * slope) * tl.maximum(z, LEAST))
+        if left < BLOCK:  # padding, whatever the row is: 0 * NaN would be NaN
+            dx = tl.where(tile < left, dx, 0.0)
+    dlogits_ptr += _row_at(row, inner, d_outer_stride, d_inner_stride, UNIT)
+    dlogits_ptr += first.to(tl.int64) * d_column_stride
+    lanes = tile.to(tl.int64) * d_column_stride
+    room = n_columns * UNIT - first
+    if room >= BLOCK:  # without a mask, stores of 128 bits also where n_columns is odd
+        tl.store(dlogits_ptr + lanes, dx)
+    else:
+        tl.store(dlogits_ptr + lanes, dx, mask=tile < room)
 
 
 def unit_of(*tensors: Tensor, V: int) -> int:
@@ -467,6 +501,7 @@ def token_logprobs(
     With `entropy`, also the entropy of that softmax (...); both are differentiable in `logits`,
     which may have any strides and are left untouched. Where tokens == ignore_index the results and
     gradients are 0 and the logits are not read. A token outside the vocabulary has log-prob -inf.
+    A logit of +inf or NaN makes all results and gradients of its row NaN, but those of padding.
     temperature: a positive number, or a tensor that broadcasts to `tokens`.
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V), as many as it likes. Columns at or beyond `vocab_size` are

@@ -76,7 +76,7 @@ def token_logprobs(
 
     With `entropy`, also the entropy of that softmax (...); both are differentiable in `logits`.
     Where tokens == ignore_index the results and gradients are 0 and the logits are not looked at.
-    A token outside the vocabulary has log-prob -inf.
+    A token outside the vocabulary has log-prob -inf. A logit of +inf or NaN makes its row NaN.
     temperature: a positive number, or a tensor that broadcasts to `tokens`.
     group: the process group over which the vocabulary is split; this rank holds the columns
     [vocab_start, vocab_start + V). Columns at or beyond `vocab_size` are padding.
@@ -102,7 +102,7 @@ def token_logprobs(
     top = x.detach().max(-1).values
     if group is not None:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    x = x - torch.where(top.isfinite(), top, 0.0)[..., None]  # an all -inf shard stays -inf
+    x = x - torch.where(top == -torch.inf, 0.0, top)[..., None]  # an all -inf shard stays -inf
     local = tokens.long() - vocab_start
     here = counted & (local >= 0) & (local < V)
     chosen = x.gather(-1, local.clamp(0, V - 1)[..., None])[..., 0]
@@ -310,7 +310,7 @@ def exact_kl(
         top = x.detach().max(-1, keepdim=True).values
         if group is not None:
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        return x - torch.where(top.isfinite(), top, 0.0)
+        return x - torch.where(top == -torch.inf, 0.0, top)
 
     z, u = shifted(logits), shifted(ref_logits.detach())
     weights = z.exp()

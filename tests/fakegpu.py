@@ -7,6 +7,7 @@
 A warning, the compiler's or not, raises. Triton must not be interpreted in this process.
 """
 
+import heapq
 import itertools
 import re
 import subprocess
@@ -44,6 +45,16 @@ ARCHITECTURES = {
 }
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One line of an NVIDIA listing."""
+
+    name: str
+    guarded: bool  # by a predicate: it may do nothing, yet takes its turn
+    target: int | None  # of a branch, the place that it names
+    falls_through: bool  # whether the next one may follow it
+
+
 @dataclass
 class Kernel:
     name: str
@@ -72,12 +83,65 @@ class Kernel:
         wide = r"\bLDG\S*\.(128|256)\b|\b(global|buffer)_load_dwordx4\b"
         return len(re.findall(wide, self.listing))
 
+    @property
+    def wide_stores(self) -> int:
+        """How many instructions store 128 bits, or more, to global memory for each thread."""
+        wide = r"\bSTG\S*\.(128|256)\b|\b(global|buffer)_store_dwordx4\b"
+        return len(re.findall(wide, self.listing))
+
     @cached_property
     def listing(self) -> str:
         """The instructions, as the machine names them."""
         if ".amdgcn" in self.files:
             return self.files[".amdgcn"].read_text()
         return self._read("nvdisasm -c")
+
+    @cached_property
+    def instructions(self) -> list[Instruction]:
+        """NVIDIA's, without the NOPs and the endless branch that fill up the end."""
+        labels: dict[str, int] = {}
+        lines: list[re.Match] = []
+        for line in self.listing.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(lines)
+            elif match := re.match(r"\s+/\*\w{4,}\*/\s+(@\S+\s+)?([A-Z][\w.]*)(.*)", line):
+                lines += [match] if match[2] != "NOP" else []
+        instructions = []
+        for place, (guard, name, rest) in enumerate(line.groups() for line in lines):
+            label = re.search(r"`\((\.L_x_\d+)\)", rest) if name.startswith("BRA") else None
+            target = labels[label[1]] if label else None
+            if target == place:
+                continue
+            conditional = guard is not None or re.match(r"\s+!?U?P\d", rest) is not None
+            leaves = name.startswith(("BRA", "EXIT", "RET", "BRX"))
+            instructions.append(
+                Instruction(name, guard is not None, target, conditional or not leaves)
+            )
+        return instructions
+
+    @property
+    def loops(self) -> list[int]:
+        """How many instructions a round of each loop issues at most, in the order of the code."""
+        branches = enumerate(self.instructions)
+        return [i - x.target + 1 for i, x in branches if x.target is not None and x.target < i]
+
+    def shortest_way(self, through: str) -> int:
+        """The fewest instructions from the first to the end, on a way that meets `through`."""
+        heap, seen = [(1, 0, False)], set()
+        while heap:
+            length, place, met = heapq.heappop(heap)
+            if (place, met) in seen or place >= len(self.instructions):
+                continue
+            seen.add((place, met))
+            instruction = self.instructions[place]
+            met = met or instruction.name == through
+            if met and instruction.name == "EXIT" and not instruction.guarded:
+                return length
+            if instruction.target is not None:
+                heapq.heappush(heap, (length + 1, instruction.target, met))
+            if instruction.falls_through:
+                heapq.heappush(heap, (length + 1, place + 1, met))
+        raise ValueError(f"no way of {self.name} meets {through}")
 
     def _read(self, tool: str) -> str:
         name, *options = tool.split()

@@ -194,9 +194,52 @@ def test_logits_are_loaded_128_bits_at_a_time(call, architecture) -> None:
         assert kernel.wide_loads > 0
 
 
+@pytest.mark.parametrize("dtype", [half, single], ids=str)
+def test_an_odd_vocabulary_in_padded_rows_is_moved_128_bits_at_a_time(dtype, architecture) -> None:
+    """All but the last block of 50257 columns: rows are 50304 apart, and begin where loads do."""
+    with FakeGPU(architecture) as gpu:
+        logits = (1 * real(8, 50304, dtype=dtype))[:, :50257]
+        token_logprobs(logits, tokens(8), inplace_backward=True).sum().backward()
+    (forward,) = [kernel for kernel in gpu.kernels if kernel.name == "_forward"]
+    (backward,) = [kernel for kernel in gpu.kernels if kernel.name == "_backward"]
+    assert forward.wide_loads > 0
+    assert backward.wide_loads > 0 and backward.wide_stores > 0
+
+
 def test_the_fused_product_uses_tensor_cores_and_wide_loads(architecture) -> None:
     with FakeGPU(architecture) as gpu:
         CALLS[f"linear_token_logprobs-{half}-4096"]()
     (kernel,) = [kernel for kernel in gpu.kernels if kernel.name == "_fused"]
     assert re.search("HMMA|HGMMA|UTC.?MMA|mfma", kernel.listing)
     assert re.search(r"LDGSTS.*128|UTMALDG|dwordx4", kernel.listing)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_row_kernels_take_few_instructions(entropy, architecture) -> None:
+    """Per element of bf16 rows of a multiple of 8 columns; what a predicate guards is counted.
+
+    A block of 4096 columns is walked by 4 warps, so a lane has 32 elements, and what a warp issues
+    for its block, over 32, is instructions an element. An H200 reads an element for forward in the
+    time of 16 of them, for backward, which also writes one, in that of 31.
+
+    Forward has two loops: over blocks that are whole and without the token, and over the others,
+    two of a row at most. The bar stands for the first, and for all that a program of 16 whole
+    blocks, one with the token, issues. Backward has none: the bar stands for all that a program
+    issues whose block is whole, without the token, and wanted: the shortest way that meets a load
+    of logits. With the entropy there is no bar but that of the hardware.
+    """
+    if "sm" not in architecture:
+        pytest.skip("NVIDIA's listings are read")
+    with FakeGPU(architecture) as gpu:
+        outputs = token_logprobs(real(8, 128256, dtype=half), tokens(8), entropy=entropy)
+        outputs = list(differentiable(outputs))
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    (forward,) = [kernel for kernel in gpu.kernels if kernel.name == "_forward"]
+    (backward,) = [kernel for kernel in gpu.kernels if kernel.name == "_backward"]
+    plain, special = forward.loops
+    outside = len(forward.instructions) - plain - special
+    whole = 15 * plain + special + outside
+    way = backward.shortest_way("LDG.E.128")
+    assert plain <= 32 * (16 if entropy else 10)
+    assert whole <= 16 * 32 * (16 if entropy else 10)
+    assert way <= 32 * (31 if entropy else 15)

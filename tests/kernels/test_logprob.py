@@ -1,10 +1,15 @@
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
+import triton
 from hypothesis import given, settings, strategies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,7 +19,7 @@ from tests.kernels import callers
 from tests.kernels.callers import LAYOUTS as MEMORY
 from tests.kernels.callers import laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import launch, logprob, reference
+from tetrad.kernels import exact_kl, launch, linear_logprob, logprob, reference
 from tetrad.kernels.logprob import token_logprobs
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -23,8 +28,8 @@ IMPLEMENTATIONS = pytest.mark.parametrize(
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 # One column has probability 1; 7 is less than a block and 128 one block exactly; 1000 is no power
-# of two; 50257 takes four splits, the last one ragged.
-SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 50257)]
+# of two; 70000 takes two splits, the second one of a whole block and a ragged one.
+SHAPES = [((5,), 1), ((0,), 7), ((2, 0), 7), ((1, 2, 3, 1), 128), ((2, 3), 1000), ((2,), 70000)]
 # 300 rows take three programs of _combine, the last one ragged.
 SIZES = [(N, V) for N in (0, 1, 5, 300) for V in (1, 7, 128, 1000, 50257)]
 
@@ -72,6 +77,14 @@ def test_any_size(N, V, device, assert_as_exact) -> None:
     outputs = (run(token_logprobs, logits), run(reference.token_logprobs, logits))
     for kernel, plain, truth in zip(*outputs, run(reference.token_logprobs, logits.double())):
         assert_as_exact(kernel, plain, truth)
+
+
+@pytest.mark.parametrize("V", [3 * 4096, 3 * 4096 + 1, 17 * 4096 + 1], ids=str)
+def test_the_token_in_any_block(V, device, check) -> None:
+    """Its block comes after those that are whole, and before one that is not: none twice."""
+    edges = [place for block in range(0, V, 4096) for place in (block - 1, block)]
+    tokens = torch.tensor([place % V for place in edges], device=device)
+    check(4 * torch.randn(len(tokens), V, device=device), tokens)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -341,6 +354,61 @@ def test_rows_without_a_softmax_are_nan_as_in_pytorch(row, device) -> None:
     assert ours.isnan().tolist() == logits.log_softmax(-1)[:, 5].isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("token", [5, 6])
+@pytest.mark.parametrize("entropy", [False, True])
+@IMPLEMENTATIONS
+def test_what_is_no_logit_reaches_every_result_of_its_row(
+    logprobs_of, entropy, token, bad, device
+) -> None:
+    """As the token's own logit or another's; not the padding, and not what is ignored."""
+    logits = torch.randn(3, 45, device=device)
+    logits[:, 5] = bad
+    logits[1, 5] = 0.0
+    logits.requires_grad_()
+    tokens = torch.tensor([token, token, -100], device=device)
+    outputs = logprobs_of(logits, tokens, entropy=entropy, vocab_size=40)
+    outputs = outputs if entropy else (outputs,)
+    torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    for y in outputs:
+        assert y[0].isnan() and y[1].isfinite() and y[2] == 0
+    assert logits.grad[0, :40].isnan().all() and (logits.grad[:, 40:] == 0).all()
+    assert logits.grad[1].isfinite().all() and (logits.grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("room", [linear_logprob, reference], ids=["kernel", "reference"])
+def test_what_is_no_logit_reaches_the_linear_op(room, bad, device) -> None:
+    hidden = torch.randn(2, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=True)
+    bias = torch.zeros(40, device=device)
+    bias[5] = bad
+    tokens = torch.tensor([6, -100], device=device)
+    logprobs = room.linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    logprobs.sum().backward()
+    with torch.no_grad():
+        fused = room.linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    for y in logprobs, fused:
+        assert y[0].isnan() and y[1] == 0
+    assert hidden.grad[0].isnan().all() and (hidden.grad[1] == 0).all()
+    assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("side", [0, 1], ids=["logits", "ref_logits"])
+@pytest.mark.parametrize("room", [exact_kl, reference], ids=["kernel", "reference"])
+def test_what_is_no_logit_reaches_the_exact_kl(room, side, bad, device) -> None:
+    pair = torch.randn(2, 3, 45, device=device)
+    pair[side, ::2, 5] = bad
+    logits = pair[0].clone().requires_grad_()
+    mask = torch.tensor([1, 1, 0], device=device)
+    kl = room.exact_kl(logits, pair[1], mask=mask, vocab_size=40)
+    kl.sum().backward()
+    assert kl[0].isnan() and kl[1].isfinite() and kl[2] == 0
+    assert logits.grad[0, :40].isnan().all() and (logits.grad[:, 40:] == 0).all()
+    assert logits.grad[1].isfinite().all() and (logits.grad[2] == 0).all()
+
+
 def test_inplace_backward_writes_over_the_logits(device) -> None:
     base = torch.randn(3, 40, device=device)
     tokens = torch.tensor([1, -100, 39], device=device)
@@ -507,6 +575,45 @@ def test_moves_no_more_than_it_must(device) -> None:
     assert (reads[0, 0::2, :V] == 1).all() and reads.sum() == 2 * V
     assert (backward.writes(logits.grad) == 1).all()
     assert backward.bytes_written == logits.numel() * logits.element_size()
+
+
+# Without the changes of tests/kernels/interpreter.py: what a reader without a GPU tries first.
+AS_SHIPPED = """
+import torch
+from tetrad import linear_token_logprobs, token_logprobs
+from tetrad.kernels import launch, reference
+
+assert launch.INTERPRETED
+torch.manual_seed(0)
+tokens = torch.tensor([3, -100, 199])
+for op in token_logprobs, linear_token_logprobs:
+    inputs = [torch.randn(3, 200)]
+    if op is linear_token_logprobs:
+        inputs = [torch.randn(3, 16), torch.randn(200, 16)]
+    for options in {}, {"entropy": True, "temperature": torch.tensor([0.5, 1.0, 2.0])}:
+        results = []
+        for f in op, getattr(reference, op.__name__):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            outputs = f(*leaves, tokens, **options)
+            outputs = outputs if options else (outputs,)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+            with torch.no_grad():
+                again = f(*leaves, tokens, **options)
+            results.append([*outputs, *(x.grad for x in leaves), again[0] if options else again])
+        torch.testing.assert_close(*results)
+"""
+
+
+def test_runs_in_the_interpreter_as_triton_ships_it(device) -> None:
+    """In fp32: of bf16 it multiplies the bit patterns."""
+    if device != "cpu":
+        pytest.skip("a GPU runs the kernels compiled")
+    old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
+    if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 asks for int() of an array (1,), which NumPy refuses since 2.4")
+    subprocess.run(
+        [sys.executable, "-c", AS_SHIPPED], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
+    )
 
 
 def test_runs_the_reference_where_no_kernel_runs(device, monkeypatch) -> None:
