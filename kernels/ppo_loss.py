@@ -238,18 +238,17 @@ def _value(
 
             within = tl.clamp(V, old - clip_range, old + clip_range, ALL)
             plain, clipped = (V - R) * (V - R), (within - R) * (within - R)
-            share = _part(plain, clipped) + tl.where(within == V, _part(clipped, plain), 0.0)
+            flat = 0 * clipped  # the slope where clip holds V: 0, but NaN where the old value is
+            share = _part(plain, clipped) + tl.where(within == V, _part(clipped, plain), flat)
 
-            loss = tl.maximum(plain, clipped, ALL)
-            losses += 0.5 * _by_fours(w * loss, BLOCK)
+            losses += 0.5 * _by_fours(w * tl.maximum(plain, clipped, ALL), BLOCK)
             clips += _by_fours(tl.where(clipped > plain, w, 0), BLOCK)
             values += _by_fours(w * V, BLOCK)
             returns += _by_fours(w * R, BLOCK)
             errors += _by_fours(w * plain, BLOCK)
             weights += _by_fours(w, BLOCK)
             if gradient_ptr is not None:
-                gradient = tl.where(loss == loss, w * share * (V - R), loss)  # old may be NaN
-                tl.store(gradient_ptr + at, gradient, mask=inside)
+                tl.store(gradient_ptr + at, w * share * (V - R), mask=inside)
     tl.store(parts_ptr + program, tl.sum(losses, 0))
     tl.store(parts_ptr + programs + program, tl.sum(clips, 0))
     tl.store(parts_ptr + 2 * programs + program, tl.sum(values, 0))

@@ -54,6 +54,8 @@ OPS = sorted(set(tetrad.__all__) - {"__version__", "gae", "whiten", "ppo_advanta
 def test_a_second_derivative_raises(op, traced, device) -> None:
     """Also where the upstream gradient, the 1 of a loss, has no graph; a first one does not raise,
     though asked for with create_graph=True."""
+    if traced and torch.__version__ < "2.13":
+        pytest.skip("PyTorch before 2.13 detaches the gradients of compiled code, its own too")
     f, x = scalars(device)[op]
     x.requires_grad_()
     (expected,) = torch.autograd.grad(f(x), x)
