@@ -26,6 +26,12 @@ class Matrix:
         strides = [s for s, n in zip(self.strides[-2:], self.shape[-2:]) if n > 1]
         return max(strides) if len(strides) == 2 else 0
 
+    @property
+    def contiguous(self) -> int:
+        """The length of what lies side by side in memory; 0 for a vector."""
+        sides = [n for s, n in zip(self.strides[-2:], self.shape[-2:]) if n > 1 and s == 1]
+        return sides[0] if len(sides) == 1 and self.leading_dimension else 0
+
 
 @dataclass(frozen=True)
 class Product:
@@ -72,7 +78,9 @@ def of_size(products: list[Product], n: int) -> list[Product]:
 
 
 def assert_aligned(products: list[Product]) -> None:
-    """Rows of all operands and results start at multiples of 8 numbers, 16 bytes or more."""
+    """Rows of all operands and results start at multiples of 8 numbers, 16 bytes or more, and are so
+    long, but for the few numbers that are left over: what cuBLAS asks of its fast products."""
     assert products, "no product was recorded"
     for product in products:
         assert all(m.leading_dimension % 8 == 0 for m in product.matrices), product
+        assert all(m.contiguous % 8 == 0 or m.contiguous < 8 for m in product.matrices), product
