@@ -27,6 +27,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
 from tetrad.kernels import reference
 from tetrad.kernels.check import (
@@ -48,7 +49,8 @@ from tetrad.kernels.logprob import (
 )
 
 CHUNK_BYTES = 2**30  # of fp32 logits at a time
-TILES_PER_SPLIT = 32  # tiles of columns that a program of _fused walks
+SPLITS = 128  # of the vocabulary, at most: a few rows alone keep the multiprocessors of a GPU busy
+TILES_TOGETHER = 16  # of rows; 132 programs at a time then work on 8 splits
 
 
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start", "N"])
@@ -71,11 +73,21 @@ def _fused(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    WHOLE_DEPTHS: tl.constexpr,  # d is a multiple of DEPTH: no masks of it, which take registers
     SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,  # tiles of rows
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # TOGETHER tiles of rows take all splits before the next ones begin: the rows of hidden and of
+    # weight that are in use at a time stay in the L2 cache, however many there are.
+    tiles = tl.cdiv(N, ROWS)
+    splits = tl.num_programs(0) // tiles
+    before = tl.program_id(0) // (TOGETHER * splits) * TOGETHER
+    place = tl.program_id(0) % (TOGETHER * splits)
+    together = tl.minimum(tiles - before, TOGETHER)
+    split = place // together
+    rows = (before + place % together).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
-    first = tl.program_id(1) * SPLIT
+    first = split * SPLIT
     token = tl.load(tokens_ptr + rows, mask=inside, other=0).to(tl.int64)
     counted = inside & (token != ignore_index)
     t = tl.load(temperature + rows, mask=inside, other=1.0) if PER_TOKEN else temperature
@@ -86,36 +98,61 @@ def _fused(
     end = tl.where(tl.max(counted.to(tl.int32), 0) == 0, first, end)
 
     depth = tl.arange(0, DEPTH)
+    tile = tl.arange(0, COLUMNS)
     top = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     target = tl.full([ROWS], -float("inf"), tl.float32)
     for start in range(first, end, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+        columns = start + tile
         hidden_at = hidden_ptr + rows[:, None] * hidden_stride + depth[None, :]
         weight_at = weight_ptr + columns.to(tl.int64)[None, :] * weight_stride + depth[:, None]
         x = tl.zeros([ROWS, COLUMNS], tl.float32)
         for k in range(0, d, DEPTH):
-            left = (depth < d - k)[None, :]
-            hidden = tl.load(hidden_at + k, mask=counted[:, None] & left, other=0.0)
-            left = (depth < d - k)[:, None]
-            weight = tl.load(weight_at + k, mask=(columns < V)[None, :] & left, other=0.0)
+            hidden_mask, weight_mask = counted[:, None], (columns < V)[None, :]
+            if not WHOLE_DEPTHS:
+                hidden_mask &= (depth < d - k)[None, :]
+                weight_mask &= (depth < d - k)[:, None]
+            hidden = tl.load(hidden_at + k, mask=hidden_mask, other=0.0)
+            weight = tl.load(weight_at + k, mask=weight_mask, other=0.0)
             x = tl.dot(hidden, weight, x, input_precision="ieee")
         if bias_ptr is not None:
             x += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-        x = tl.where((columns < V)[None, :], x, -float("inf"))
-        own = columns[None, :] == hit[:, None]
-        is_here = (hit >= start) & (hit < start + COLUMNS)
+        if start + COLUMNS > V:  # only here, as the mask takes registers too
+            x = tl.where((columns < V)[None, :], x, -float("inf"))
+        hit_at = hit - start
+        own = tile[None, :] == hit_at[:, None]
+        is_here = (hit_at >= 0) & (hit_at < COLUMNS)
         target = tl.where(is_here, tl.sum(tl.where(own, x, 0.0), 1), target)
         x = tl.where(own, -float("inf"), x)
         top, total, weighted = online(top, total, weighted, x, scale, ENTROPY)
 
-    parts_ptr += tl.program_id(1).to(tl.int64) * (4 if ENTROPY else 3) * N + rows
+    parts_ptr += split.to(tl.int64) * (4 if ENTROPY else 3) * N + rows
     tl.store(parts_ptr, top, mask=inside)
     tl.store(parts_ptr + N, total, mask=inside)
     tl.store(parts_ptr + 2 * N.to(tl.int64), target, mask=inside)
     if ENTROPY:
         tl.store(parts_ptr + 3 * N.to(tl.int64), weighted, mask=inside)
+
+
+def _tile(hidden: Tensor, entropy: bool) -> dict[str, int]:
+    """Rows, columns and depth of a product of `_fused`: as much as fits registers without spills.
+
+    A depth that is no multiple of 16 takes more of them, for masks. 256 columns, which load the
+    least for a product, fit those of sm_90 alone, whose product reads its operands from shared
+    memory, and not beside the sums of the entropy.
+    """
+    d = hidden.shape[1]
+    even = d % 16 == 0
+    if hidden.dtype == torch.float32:  # no tensor cores without rounding to tf32
+        return {"ROWS": 64, "COLUMNS": 64 if even else 32, "DEPTH": 16, "num_stages": 2}
+    if not even:
+        return {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_stages": 3}
+    interpreted = triton.knobs.runtime.interpret  # and there is no driver to ask
+    if d % 64 == 0 and not interpreted and driver.active.get_current_target().arch == 90:
+        columns, stages = (128, 4) if entropy else (256, 3)
+        return {"ROWS": 128, "COLUMNS": columns, "DEPTH": 64, "num_stages": stages}
+    return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_stages": 3}
 
 
 def fused_parts(
@@ -124,23 +161,16 @@ def fused_parts(
 ) -> Tensor:  # fmt: skip
     """Parts (splits, 3 or 4, N) of the rows of hidden @ weight.T + bias, made in registers."""
     N, d = hidden.shape
-    # As much as fits the registers of sm_80, sm_90 and sm_100: a depth that is no multiple of 16
-    # takes more, for masks.
-    even = d % 16 == 0
-    if hidden.dtype == torch.float32:  # no tensor cores without rounding to tf32
-        columns, stages = (64, 2) if even else (32, 1)
-        tile = {"ROWS": 64, "COLUMNS": columns, "DEPTH": 16, "num_stages": stages}
-    elif even:
-        tile = {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_stages": 3}
-    else:
-        tile = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_stages": 3}
-    split = TILES_PER_SPLIT * tile["COLUMNS"]
+    tile = _tile(hidden, entropy)
+    columns = tile["COLUMNS"]
+    split = max(triton.cdiv(triton.cdiv(V, SPLITS), columns), 1) * columns
     parts = hidden.new_empty(max(triton.cdiv(V, split), 1), 3 + entropy, N, dtype=torch.float32)
     if N:
-        _fused[(triton.cdiv(N, tile["ROWS"]), len(parts))](
+        _fused[(triton.cdiv(N, tile["ROWS"]) * len(parts),)](
             parts, hidden, weight, bias, tokens, t, ignore_index, vocab_start, hidden.stride(0),
             weight.stride(0), V, d, N, PER_TOKEN=isinstance(t, Tensor), ENTROPY=entropy,
-            SPLIT=split, num_warps=8, **tile,
+            WHOLE_DEPTHS=d % tile["DEPTH"] == 0, SPLIT=split, TOGETHER=TILES_TOGETHER,
+            num_warps=8, **tile,
         )  # fmt: skip
     return parts
 

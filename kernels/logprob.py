@@ -39,6 +39,7 @@ from tetrad.kernels.launch import all_gather, group_name, op, row_block, runs_ke
 
 BLOCKS_PER_SPLIT = 16  # what a program does around its blocks is 5 % of its instructions
 ROWS_PER_COMBINE = 128
+PARTS_AT_ONCE = 16
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-1000.0)  # stands for the log2 of a weight of 0: 0 * -inf would be NaN
@@ -174,6 +175,7 @@ def _combine(
     PER_TOKEN: tl.constexpr,
     ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
@@ -183,22 +185,33 @@ def _combine(
     size = (4 if ENTROPY else 3) * wide
     parts_ptr += rows
 
+    # Several parts at a time: a load waits as long as sixteen.
+    some = tl.arange(0, PARTS)[:, None].to(tl.int64)
     top = tl.full([ROWS], -float("inf"), tl.float32)
-    for i in range(n_parts):
-        top = tl.maximum(top, tl.load(parts_ptr + i * size, mask=inside, other=-float("inf")))
+    for i in range(0, n_parts, PARTS):
+        mask = inside[None, :] & (some < n_parts - i)
+        part_top = tl.load(parts_ptr[None, :] + (i + some) * size, mask=mask, other=-float("inf"))
+        top = tl.maximum(top, tl.max(part_top, 0))
     rest = tl.zeros([ROWS], tl.float32)
-    target = tl.full([ROWS], -float("inf"), tl.float32)
+    target = tl.zeros([ROWS], tl.float32)
+    found = tl.zeros([ROWS], tl.int32)
     weighted = tl.zeros([ROWS], tl.float32)
-    for i in range(n_parts):
-        part = parts_ptr + i * size
-        moved = decay(tl.load(part, mask=inside, other=-float("inf")), top, scale)
-        part_rest = tl.load(part + wide, mask=inside, other=0.0)
-        part_target = tl.load(part + 2 * wide, mask=inside, other=-float("inf"))
-        rest += tl.exp2(moved) * part_rest
-        target = tl.maximum(target, part_target, propagate_nan=tl.PropagateNan.ALL)
+    scales = tl.zeros([ROWS], tl.float32) + scale
+    for i in range(0, n_parts, PARTS):
+        mask = inside[None, :] & (some < n_parts - i)
+        part = parts_ptr[None, :] + (i + some) * size
+        part_top = tl.load(part, mask=mask, other=-float("inf"))
+        moved = decay(part_top, top[None, :], scales[None, :])
+        part_rest = tl.load(part + wide, mask=mask, other=0.0)
+        part_target = tl.load(part + 2 * wide, mask=mask, other=-float("inf"))
+        rest += tl.sum(tl.exp2(moved) * part_rest, 0)
+        own = part_target != -float("inf")  # in one part at most; NaN in no maximum
+        target += tl.sum(tl.where(own, part_target, 0.0), 0)
+        found += tl.sum(own.to(tl.int32), 0)
         if ENTROPY:
-            part_weighted = tl.load(part + 3 * wide, mask=inside, other=0.0)
-            weighted += tl.exp2(moved) * (part_weighted + part_rest * moved)
+            part_weighted = tl.load(part + 3 * wide, mask=mask, other=0.0)
+            weighted += tl.sum(tl.exp2(moved) * (part_weighted + part_rest * moved), 0)
+    target = tl.where(found > 0, target, -float("inf"))
 
     if joined_ptr is not None:
         joined_ptr += rows
@@ -351,7 +364,7 @@ def join_parts(parts: Tensor, joined: Tensor, tokens: Tensor, t: float | Tensor)
         _combine[(triton.cdiv(N, ROWS_PER_COMBINE),)](
             joined, None, None, None, parts, tokens, t, 0, len(parts), N, joined.stride(0),
             PER_TOKEN=isinstance(t, Tensor), ENTROPY=len(joined) == 4, ROWS=ROWS_PER_COMBINE,
-            num_warps=4,
+            PARTS=PARTS_AT_ONCE, num_warps=4,
         )  # fmt: skip
 
 
@@ -369,7 +382,7 @@ def finish_parts(
         _combine[(triton.cdiv(N, ROWS_PER_COMBINE),)](
             None, logprobs, entropies, saved, parts, tokens, t, ignore_index, len(parts), N, 0,
             PER_TOKEN=isinstance(t, Tensor), ENTROPY=width == 4, ROWS=ROWS_PER_COMBINE,
-            num_warps=4,
+            PARTS=PARTS_AT_ONCE, num_warps=4,
         )  # fmt: skip
     return logprobs, entropies, saved
 

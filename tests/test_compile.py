@@ -237,3 +237,24 @@ def test_the_row_kernels_take_few_instructions(entropy, architecture) -> None:
     assert plain <= 32 * (16 if entropy else 10)
     assert whole <= 16 * 32 * (16 if entropy else 10)
     assert way <= 32 * (31 if entropy else 15)
+
+
+@pytest.mark.parametrize("dtype", [half, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [50257, 128256])
+def test_256_columns_of_the_fused_product_fit_a_hopper(V, dtype, architecture) -> None:
+    """They take all 255 registers of a thread: with a bias, with temperatures, masked or not."""
+    if architecture != "sm_90":
+        pytest.skip("of sm_90 alone")
+    hidden, weight = torch.zeros(300, 4096, dtype=dtype), torch.zeros(V, 4096, dtype=dtype)
+    with FakeGPU(architecture) as gpu:
+        for bias in None, torch.zeros(V, dtype=dtype):
+            for temperature in 1.0, torch.ones(300):
+                linear_token_logprobs(
+                    hidden, weight, tokens(300), bias=bias, temperature=temperature
+                )
+    kernels = [kernel for kernel in gpu.kernels if kernel.name == "_fused"]
+    assert len(kernels) == 4
+    for kernel in kernels:
+        assert kernel.usage["STACK"] == 0
+        assert kernel.registers <= gpu.architecture.registers
+        assert "HGMMA.64x256x16" in kernel.listing

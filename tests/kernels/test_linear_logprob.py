@@ -87,9 +87,18 @@ def test_without_a_gradient(N, V, d, dtype, device, assert_as_exact) -> None:
         assert_as_exact(*outputs, floor=4e-6)
 
 
-def test_several_splits_of_the_vocabulary(device, monkeypatch, assert_as_exact) -> None:
-    monkeypatch.setattr(linear_logprob, "TILES_PER_SPLIT", 2)  # of 64 columns: 8 splits
+@pytest.mark.parametrize("splits", [3, 128], ids=str)  # of six tiles of 64 columns, and of one
+def test_several_splits_of_the_vocabulary(splits, device, monkeypatch, assert_as_exact) -> None:
+    monkeypatch.setattr(linear_logprob, "SPLITS", splits)
     hidden, weight, _, tokens = inputs(5, 1000, 16, device)
+    ours = linear_token_logprobs(hidden, weight, tokens)
+    truth = plain(hidden.double(), weight.double(), tokens)
+    assert_as_exact(ours, plain(hidden, weight, tokens), truth)
+
+
+def test_many_rows(device, assert_as_exact) -> None:
+    """20 tiles of 64 rows: 16 that take the three splits together, and four that follow."""
+    hidden, weight, _, tokens = inputs(1230, 130, 16, device)
     ours = linear_token_logprobs(hidden, weight, tokens)
     truth = plain(hidden.double(), weight.double(), tokens)
     assert_as_exact(ours, plain(hidden, weight, tokens), truth)
