@@ -4,11 +4,15 @@ OUT ?= runs/demo
 # processes of the demo: one on a GPU, else one a core up to two
 PROCESSES ?= $(shell if nvidia-smi -L >/dev/null 2>&1 || [ "$$(nproc)" = 1 ]; then echo 1; else echo 2; fi)
 BIN = .venv/bin
+PYTHON312 ?= python3.12
 GPU_PYTHON = $(shell [ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON))
+
+# seconds that `make gpu` may take
+BUDGET ?= 420
 
 PEERS = trl verl openrlhf
 
-.PHONY: demo test triton36 check peers gpu bench setup clean
+.PHONY: demo test triton36 check peers first gpu wheels triton-cache bench setup clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -22,7 +26,8 @@ demo: setup  ## InstructGPT in miniature: pretrain, SFT, reward model, PPO, PPO-
 	@echo "Open $(OUT)/report.html in a browser."
 
 test: setup  ## kernels under Triton's interpreter, then everything else
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels \
+		tests/trainer/test_products.py
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests bench --benchmark-disable \
 		--ignore tests/kernels --ignore tests/peers
 
@@ -63,8 +68,23 @@ peers: $(PEERS:%=.venv-peers/%/ready) .venv-peers/bench/ready  ## what we patch 
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$$(head -1 $<)"
 	touch $@
 
+first:  ## on a machine with a GPU: what it should be asked first, in four minutes
+	@$(GPU_PYTHON) -m bench.first
+
 gpu:  ## on a machine with a GPU: its tests, then the benchmarks, with what is importable
-	@$(GPU_PYTHON) -m bench
+	@$(GPU_PYTHON) -m bench --budget $(BUDGET)
+
+wheels:  ## what a GPU's machine without a network may lack, in .whl (docs/bench.md)
+	$(GPU_PYTHON) -m bench.wheels .whl
+
+triton-cache: .venv-gpu/ready  ## and our kernels, compiled for its sm_90 by its Python and Triton
+	CUDA_VISIBLE_DEVICES= .venv-gpu/bin/python -m bench.precompile .whl/triton-cache.tar.gz
+
+# What the GPU's machine runs, several GB: a key of Triton's cache holds Triton itself.
+.venv-gpu/ready:
+	$(PYTHON312) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy
+	touch $@
 
 bench: setup  ## the same calls at small sizes on the CPU, compared with the last time they ran here
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q bench --benchmark-autosave \
@@ -72,4 +92,4 @@ bench: setup  ## the same calls at small sizes on the CPU, compared with the las
 		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare)
 
 clean:
-	rm -rf .venv .venv-peers .venv-triton36 runs build *.egg-info
+	rm -rf .venv .venv-peers .venv-triton36 .venv-gpu .whl runs build *.egg-info

@@ -10,6 +10,7 @@ sum in this process.
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from bench.harness import Results
@@ -26,10 +27,11 @@ from bench.models import (
     weights,
 )
 from bench.rows import Row
-from bench.timing import spread
+from bench.timing import launches, spread
 from tetrad.parallel.settings import BYTES, Architecture
 
 CALLS = 3  # timed, after one that warms up
+PROFILED = 4  # steps whose launches are counted
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,14 @@ def measure(cases: Sequence[Step], results: Results) -> Iterator[Row]:
         row |= {"tokens": case.rows, "tokens_s": 1e3 * case.rows / row["ms"]}
         row["gb_s"] = 1e-6 * case.bytes / row["ms"]
         row["of_read"] = row["gb_s"] / results.rates.read
+
+        def steps(length: int, prompts=prompts) -> Row:
+            return launches(lambda: seconds(prompts, length))
+
+        if not results.is_late:
+            before, after = steps(case.short), steps(case.short + PROFILED)
+            row |= {name: (after[name] - before[name]) / PROFILED for name in before}
+        results.profile(f"decode_{case.model}_{case.rows}", partial(seconds, prompts, case.short))
         yield row
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -112,6 +113,15 @@ def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
                 times[phase].append(1e3 * stats[f"seconds/{phase}"])
             if results.is_late:
                 break
+    prompts = random_prompts(case.shape, case.episodes, case.prompt)
+
+    def without_rollout() -> None:
+        """An iteration on answers that nobody sampled: its hundred thousand launches would bury
+        those of the other phases."""
+        with mock.patch.object(ppo, "rollout", lambda *_, **__: at_random(case, prompts)):
+            ppo.iteration(roles, prompts, None, cfg, NO_EOS, WARM_UP + CALLS)
+
+    results.profile(f"iteration_{case.model}", without_rollout)
     predicted, measured = (x * GIB / 1e6 for x in memory_used().values())
     for case in cases:
         row = spread(times[case.phase])
@@ -122,6 +132,17 @@ def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
         if case.phase == "iteration":
             row |= {"predicted_mb": predicted, "peak_mb": measured}
         yield row
+
+
+def at_random(case: Phase, prompts: list[list[int]]) -> Any:
+    """Episodes of random responses."""
+    from tetrad.parallel.packed import pack
+    from tetrad.trainer.rollout import Episodes
+
+    responses = random_prompts(case.shape, case.episodes, case.response)
+    batch = pack(prompts, responses)
+    batch.per_token["sampled_logprobs"] = torch.zeros(len(batch.tokens))
+    return Episodes(batch, responses, torch.zeros(len(responses), dtype=torch.bool))
 
 
 if __name__ == "__main__":

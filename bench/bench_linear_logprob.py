@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from functools import partial
+from unittest import mock
 
 import torch
 
 from bench import plain
 from bench.case import DEVICE, Case, baselines, chunked, precision
 from bench.harness import main
-from tetrad.kernels import reference
+from tetrad.kernels import linear_logprob, reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 
 SHAPES = [  # N tokens, V columns, d
@@ -17,9 +18,10 @@ SHAPES = [  # N tokens, V columns, d
 ]  # fmt: skip
 
 
-def in_pieces(hidden, weight, tokens):
-    """The forward pass as it is when a gradient is to follow: cuBLAS and the row kernel."""
-    with torch.enable_grad():
+def fused(hidden, weight, tokens):
+    """The forward pass in one kernel of ours, which few rows take: many take cuBLAS and then the
+    kernel of rows."""
+    with mock.patch.object(linear_logprob, "FUSED_ROWS", len(hidden)):
         return linear_token_logprobs(hidden, weight, tokens)
 
 
@@ -39,7 +41,7 @@ def truth(hidden, weight, tokens):
 def cases(tiny: bool) -> Iterator[Case]:
     dtype, size, bits = precision(tiny)
     rest = baselines(plain.linear_token_logprobs, tiny)
-    forward = {"ours": linear_token_logprobs, "ours, pieces": in_pieces, **rest}
+    forward = {"ours": linear_token_logprobs, "ours, fused": fused, **rest}
     both = {
         "ours": linear_token_logprobs,
         "ours, save_logits": partial(linear_token_logprobs, save_logits=True),

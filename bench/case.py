@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+LAST = ("torch.compile", "python loop", "reference")  # providers that take seconds of their own
 SAMPLE = 256  # rows that are checked of an op that treats each row alone
 # ||result - truth|| / ||truth|| at most: of ours, and of others; beyond it is another function
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}

@@ -16,16 +16,28 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import peers
-from bench.case import COARSE, CUDA, TOLERANCE, Case, Wrong, error_of, some, tensors, true_results
+from bench.case import (
+    COARSE,
+    CUDA,
+    LAST,
+    TOLERANCE,
+    Case,
+    Wrong,
+    error_of,
+    some,
+    tensors,
+    true_results,
+)
 from bench.rows import ROOT, Row, is_ours
-from bench.timing import FRACTIONS, Rates, fractions, profiled, speed
+from bench.timing import FRACTIONS, Rates, fractions, profile_of, profiled, speed
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -33,10 +45,23 @@ RESULTS = ROOT / "bench" / "results"
 def main(name: str, cases: Callable[[bool], Iterable[Case]]) -> None:
     """The command line of the bench of ops `name`. Exits 1 if something of ours failed."""
     results = Results(name)
-    for case in cases(results.tiny):
-        for row in measured(case, results):
-            results.add(row)
+    for chosen in at_once, at_last:
+        for case in cases(results.tiny):
+            for row in measured(chosen(case), results):
+                results.add(row)
     results.close()
+
+
+def at_once(case: Case) -> Case:
+    """Without the providers that take long to compile or to run."""
+    keep = {name: call for name, call in case.providers.items() if name not in LAST}
+    return replace(case, providers=keep)
+
+
+def at_last(case: Case) -> Case:
+    """The providers that nothing else is to wait for."""
+    keep = {name: call for name, call in case.providers.items() if name in LAST}
+    return replace(case, providers=keep, op="")  # the peers have had their turn
 
 
 def require_gpu() -> None:
@@ -48,9 +73,12 @@ def require_gpu() -> None:
 
 class Results:
     """What `python -m bench.bench_NAME` was asked for, and the rows of its file: printed as they
-    come, written after each."""
+    come, written after each. arguments: in the place of the command line's; rates: what was
+    measured of this machine in this process already."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str] | None = None, rates: Rates | None = None
+    ) -> None:
         parser = argparse.ArgumentParser(f"python -m bench.bench_{name}")
         parser.add_argument("--tiny", action="store_true", help="small sizes, on any machine")
         parser.add_argument(
@@ -60,24 +88,25 @@ class Results:
         parser.add_argument(
             "--out", type=Path, help="folder of the results [bench/results; with --tiny nowhere]"
         )
-        options = parser.parse_args()
+        options = parser.parse_args(arguments)
         self.tiny = options.tiny
         if not self.tiny:
             require_gpu()
         elif options.out and options.out.resolve() == RESULTS:
             parser.error("--tiny times no case in earnest: its results are not for bench/results")
-        if not CUDA:
+        if rates is None and not CUDA:
             print("no GPU: ours is its reference on the CPU, which is written to be exact")
-        else:
+        if rates is None and CUDA:
             profiled(lambda: None)  # the profiler's own start, before anything is timed
         self.until = options.until
         self.lost = ""  # why nothing more can be measured: an error of the GPU stays in its process
-        self.rates = Rates(1 << 22 if self.tiny else 1 << 28)
+        self.rates = rates or Rates(1 << 22 if self.tiny else 1 << 28)
         self.content: dict[str, Any] = {
             "where": where(), "rates": self.rates.known, "absent": {}, "rows": []
         }  # fmt: skip
         out = options.out or (None if self.tiny else RESULTS)
         self.path = out and out / gpu_name().lower().replace(" ", "-") / f"{name}.json"
+        self.page: Callable[[str, str], None] | None = None  # takes a profile: its name, its text
 
     @property
     def is_late(self) -> bool:
@@ -89,6 +118,11 @@ class Results:
         if self.path and any("ms" in row for row in self.content["rows"]):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def profile(self, name: str, call: Callable[[], object]) -> None:
+        """Where the GPU's time of a call goes, for who asked for such pages."""
+        if self.page and not self.is_late:
+            self.page(f"{name}.txt", profile_of(call))
 
     def close(self) -> None:
         """Exit 1 if something of ours failed for another reason than that the machine has not the

@@ -29,6 +29,7 @@ from bench.rows import (
     others,
     ours,
     tables_of,
+    verdict,
 )
 
 MARKED = re.compile(r"(?<=<!-- bench -->\n).*?(?=<!-- /bench -->)", re.DOTALL)
@@ -143,6 +144,17 @@ def measured_table(groups: Sequence[Group]) -> str:
     return table(rows)
 
 
+def findings_table(findings: Sequence[Row]) -> str:
+    """Of bench.first: rates of the machine, and what was suspected of our code."""
+    return table([
+        {
+            "": verdict(row), "question": row["case"],
+            "seen": row.get("seen") or f"not measured: {row['not_measured']}",
+        }
+        for row in findings
+    ])  # fmt: skip
+
+
 def estimated_table(groups: Sequence[Group]) -> str:
     return table([
         {
@@ -203,6 +215,8 @@ def gpu_section(gpu: str, files: Files, tables: Tables) -> str:
         if bench in files:
             section += f"Same-run rates: {same_run(files[bench]['rates'])}.\n\n"
         section += measured_table(groups)
+        if findings := files.get(bench, {}).get("findings"):
+            section += findings_table(findings)
     return section
 
 
@@ -259,8 +273,9 @@ tables and figures of [bench/results](bench/results/README.md).
         for key in ("commit", "date")
     )
     return f"""{rows}
-{gpu_of(files)}, commit {commits}, {dates}: `make gpu`. Bold is faster than ours; rates are of the
-same process. Every case and provider, errors and memory: [bench/results](bench/results/README.md).
+{gpu_of(files)}, commit {commits}, {dates}, by `make first` or `make gpu`, as each
+file says. Bold is faster than ours; rates are of the same process. Every case and provider, errors
+and memory: [bench/results](bench/results/README.md).
 """
 
 

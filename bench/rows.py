@@ -16,6 +16,8 @@ SHARES = {
     "iteration": 8, "decode": 3, "exact_kl": 2, "kl": 1, "ranking": 1,
 }  # fmt: skip
 NO_RUN = "no run yet"
+MARK = "\x1e"  # begins a line of bench.sections that is a record in JSON
+READY = f"{MARK}ready\n"  # what it says when it waits for its turn
 Row = dict[str, Any]  # "case", "provider", and "ms" with more, or "not_measured"
 Group = list[Row]  # the rows of one case, ours first
 Tables = Mapping[str, Sequence[Group]]  # by bench
@@ -86,6 +88,11 @@ def tables_of(files: Files, benches: Benches) -> Tables:
             groups.setdefault(row["case"], {})[row["provider"]] = row
         tables[bench] = [list(group.values()) for group in groups.values()]
     return tables
+
+
+def verdict(finding: Row) -> str:
+    """PASS, FAIL, or nothing where there is nothing to judge."""
+    return {True: "PASS", False: "FAIL"}.get(finding.get("passed"), "")
 
 
 def is_ours(provider: str) -> bool:

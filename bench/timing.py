@@ -107,17 +107,23 @@ def profiled(once: Callable[[], object]) -> Row:
     once()
     torch.cuda.synchronize()
     row: Row = {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
-    if seen := _on_the_gpu(once):
-        gpu_us = sum(event.time_range.elapsed_us() for event in seen)
-        row |= {"launches": len(seen), "gpu_us": gpu_us}
-    return row
+    return row | launches(once)
 
 
-def _on_the_gpu(once: Callable[[], object]) -> list[Any]:
+def launches(once: Callable[[], object]) -> Row:
+    """Kernels, fills and copies of a call, and the GPU's microseconds in them; nothing where the
+    profiler cannot see them."""
+    seen = on_the_gpu(once) if CUDA else []
+    gpu_us = sum(event.time_range.elapsed_us() for event in seen)
+    return {"launches": len(seen), "gpu_us": gpu_us} if seen else {}
+
+
+def on_the_gpu(once: Callable[[], object]) -> list[Any]:
     """The profiler's events of what the GPU did in a call; none where it cannot read the device,
     as in some containers: a dash in the table, and no reason to lose the times."""
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:
             once()
             torch.cuda.synchronize()
     except (AssertionError, RuntimeError):
@@ -127,6 +133,29 @@ def _on_the_gpu(once: Callable[[], object]) -> list[Any]:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
     ]  # fmt: skip
+
+
+def profile_of(call: Callable[[], object], lines: int = 40) -> str:
+    """The kernels, copies and fills of a call by the GPU's time in them: a page."""
+    if not CUDA:  # called all the same: a rehearsal
+        call()
+        return "no GPU, no profile\n"
+    began = time.perf_counter()
+    seen = on_the_gpu(call)
+    wall = 1e3 * (time.perf_counter() - began)
+    sums: dict[str, list[float]] = {}
+    for event in seen:
+        n_and_ms = sums.setdefault(event.name[:150], [0, 0.0])
+        n_and_ms[0] += 1
+        n_and_ms[1] += 1e-3 * event.time_range.elapsed_us()
+    busy = sum(ms for _, ms in sums.values())
+    page = [
+        f"{len(seen)} launches, {busy:.2f} ms on the GPU; {wall:.0f} ms with the profiler's own",
+        "     ms   share  launches  kernel",
+    ]
+    for name, (n, ms) in sorted(sums.items(), key=lambda x: -x[1][1])[:lines]:
+        page.append(f"{ms:9.3f}  {ms / max(busy, 1e-9):5.1%} {n:9.0f}  {name}")
+    return "\n".join(page) + "\n"
 
 
 def fractions(case: Case, provider: str, ms: float, rates: "Rates") -> Row:

@@ -41,6 +41,7 @@ from tetrad.kernels.kl import kl_estimate
 from tetrad.kernels.launch import (
     all_gather,
     group_name,
+    group_of,
     number_or_tensor,
     op,
     programs,
@@ -70,7 +71,11 @@ def row_bounds(row, cu_ptr, length, n):
 def _with_block(count, mean, squares, x, valid):
     """Moments so far, joined by those of a block x, which is 0 where it is not valid."""
     more = tl.sum(valid.to(x.dtype), 0)
-    block_mean = tl.sum(x, 0) / tl.maximum(more, 1)
+    rough = tl.sum(x, 0) / tl.maximum(more, 1)
+    # a GPU divides to two units in the last place, and the sum has rounded: at a mean of 100 that
+    # is 2e-5, which the deviations from it still know
+    rest = tl.sum(tl.where(valid, x - rough, 0), 0) / tl.maximum(more, 1)
+    block_mean = rough + rest
     deviation = tl.where(valid, x - block_mean, 0)
     shift = block_mean - mean
     total = count + more
@@ -87,7 +92,8 @@ def _joined(parts_ptr, parts, PARTS: tl.constexpr):
     mean = tl.load(parts_ptr + 3 * i + 1, mask=i < parts, other=0)
     squares = tl.load(parts_ptr + 3 * i + 2, mask=i < parts, other=0)
     total = tl.sum(count, 0)
-    total_mean = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    rough = tl.sum(count * mean, 0) / tl.maximum(total, 1)
+    total_mean = rough + tl.sum(count * (mean - rough), 0) / tl.maximum(total, 1)
     shift = mean - total_mean
     return total, total_mean, tl.sum(squares + count * shift * shift, 0)
 
@@ -324,6 +330,14 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+def _hides_a_length(cu_seqlens: Tensor | None) -> bool:
+    """Whether torch.compile cannot trace the reference, which loops over the longest sequence.
+
+    It can have the registered op as one node, which runs the reference inside.
+    """
+    return cu_seqlens is not None and torch.compiler.is_compiling()
+
+
 def _sequences(mask: Tensor, cu_seqlens: Tensor | None, real: torch.dtype) -> tuple[int, int]:
     """How many there are, and the tokens of one scan: MAX_BLOCK, or what holds a short row."""
     most = MAX_BLOCK * 4 // real.itemsize  # fp64 takes two registers a number
@@ -366,6 +380,12 @@ def _gae(
     bootstrap: Tensor | None, gamma: float, gammas: Tensor | None, lam: float, lams: Tensor | None,
     mask_mode: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not runs_kernel(rewards):
+        return reference.gae(
+            rewards, values, mask, gamma=gamma if gammas is None else gammas,
+            lam=lam if lams is None else lams, cu_seqlens=cu_seqlens, mask_mode=mask_mode,
+            bootstrap=bootstrap,
+        )  # fmt: skip
     advantages, returns = _gae_outputs(rewards, values, mask)
     S, block = _sequences(mask, cu_seqlens, advantages.dtype)
     rewards, values, mask = (x.contiguous() for x in (rewards, values, mask))
@@ -408,7 +428,7 @@ def gae(
     refuse_gradients(
         rewards=rewards, values=values, bootstrap=bootstrap, gamma=numbers[1], lam=numbers[3]
     )
-    if not runs_kernel(rewards):
+    if not runs_kernel(rewards) and not _hides_a_length(cu_seqlens):
         return reference.gae(
             rewards, values, mask, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens,
             mask_mode=mask_mode, bootstrap=bootstrap,
@@ -472,6 +492,13 @@ def _ppo_advantages(
     lam: float, lams: Tensor | None, whiten_rewards: bool, whiten_advantages: bool, mask_mode: str,
     group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if not runs_kernel(logprobs):
+        return reference.ppo_advantages(
+            scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
+            gamma=gamma if gammas is None else gammas, lam=lam if lams is None else lams,
+            whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages,
+            cu_seqlens=cu_seqlens, mask_mode=mask_mode, group=group_of(group),
+        )  # fmt: skip
     outputs = _ppo_outputs(scores, logprobs, ref_logprobs, values, mask)
     rewards, advantages, returns, kl = outputs
     S, block = _sequences(mask, cu_seqlens, advantages.dtype)
@@ -538,7 +565,7 @@ def ppo_advantages(
         scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values,
         gamma=numbers[1], lam=numbers[3],
     )  # fmt: skip
-    if not runs_kernel(logprobs):
+    if not runs_kernel(logprobs) and not _hides_a_length(cu_seqlens):
         return reference.ppo_advantages(
             scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
             gamma=gamma, lam=lam, whiten_rewards=whiten_rewards,

@@ -1,7 +1,10 @@
 """What the ops ask of their arguments: one clear ValueError at the door, for both paths."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")  # of the KL, see `token_kl`
 
@@ -20,6 +23,31 @@ def check_same_shape(**tensors: Tensor) -> None:
 def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+
+
+def check_values(
+    name: str, x: Tensor, good: Callable[[Tensor], Tensor], allowed: str,
+    counted: Callable[[], Tensor | bool] = lambda: True,
+) -> None:  # fmt: skip
+    """Refuse what a tensor holds where it counts, unless it is good.
+
+    Read on the CPU alone: on a GPU the host would wait, and when compiled there is nothing to read.
+    """
+    unread = x.device.type != "cpu" or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if not unread:
+        wrong = ~good(x) & counted()
+        if wrong.any():
+            value = x.broadcast_to(wrong.shape)[wrong][0].item()
+            raise ValueError(f"{name} holds {value}; {allowed}")
+
+
+def check_temperature(temperature: float | Tensor, mask: Tensor | None, ignored: int = 0) -> None:
+    """Refuse a temperature tensor that is not positive and finite where mask != ignored."""
+    if isinstance(temperature, Tensor):
+        check_values(
+            "temperature", temperature, lambda t: (t > 0) & (t < torch.inf),
+            "it must be positive and finite", lambda: True if mask is None else mask != ignored,
+        )  # fmt: skip
 
 
 def check_token_logprobs(
@@ -155,6 +183,8 @@ def check_gae(
         if isinstance(x, Tensor):
             if x.shape != (S,):
                 raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be ({S},)")
+            if name != "bootstrap":
+                check_values(name, x, lambda x: (x >= 0) & (x <= 1), "it must lie in [0, 1]")
         elif x is not None and not 0 <= x <= 1:
             raise ValueError(f"{name} is {x}; it must lie in [0, 1]")
     return S
@@ -217,8 +247,39 @@ def check_denominator(denominator: float | Tensor | None) -> None:
             raise ValueError(f"denominator has shape {tuple(denominator.shape)}; it must be 0-d")
         if denominator.requires_grad:
             raise ValueError("denominator requires grad, and is a constant here: detach it")
+        check_values("denominator", denominator, lambda n: n > 0, "it must be positive")
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator is {denominator}; it must be positive")
+
+
+def check_weight_grad(
+    weight_grad: Tensor | None, upstream: float, hidden: Tensor, weight: Tensor,
+    denominator: float | Tensor | None,
+) -> None:  # fmt: skip
+    """What a gradient asks for that is added to the caller's buffer before backward."""
+    if isinstance(upstream, Tensor) or not abs(upstream) < torch.inf:
+        raise ValueError(f"upstream is {upstream}; it must be a finite number")
+    if weight_grad is None:
+        if upstream != 1:
+            raise ValueError(f"upstream is {upstream}; without weight_grad, backward is told it")
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_grad is given; torch.compile does not see that it changes")
+    fits = weight_grad.shape[1:] == weight.shape[1:] and len(weight_grad) >= len(weight)
+    if not fits or weight_grad.stride(1) != 1 or weight_grad.requires_grad:
+        raise ValueError(
+            f"weight_grad has shape {tuple(weight_grad.shape)}, strides {weight_grad.stride()}; it "
+            f"must be a constant of shape {tuple(weight.shape)} with contiguous rows"
+        )
+    if weight_grad.dtype != torch.float32 or weight_grad.device != weight.device:
+        raise ValueError(
+            f"weight_grad is {weight_grad.dtype} on {weight_grad.device}; it must be torch.float32 "
+            f"on {weight.device}"
+        )
+    if denominator is None or isinstance(denominator, Tensor):
+        raise ValueError(f"denominator is {denominator}; with weight_grad it must be a number")
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        raise ValueError("weight_grad is given, but hidden requires no gradient: detached, maybe")
 
 
 def check_policy_loss(

@@ -2,7 +2,9 @@
 
 import functools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -10,10 +12,13 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from triton.runtime.errors import InterpreterError
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton does: fixed at import
 MAX_BLOCK = 4096  # columns: 32 per thread of 4 warps; wider blocks spill registers
 MAX_PROGRAMS = 1024  # that leave partial sums: whoever joins them reads them all
+_tickets: dict[tuple[torch.device, int], Tensor] = {}  # of a device and its stream, at rest
+_thread = threading.local()  # .dispatched: whether PyTorch's dispatcher called the op that runs
 
 
 def runs_kernel(x: Tensor) -> bool:
@@ -29,6 +34,31 @@ def row_block(n_columns: int) -> int:
 def programs(units: int) -> tuple[int]:
     """Grid of the kernels that leave partial sums: one program at least, which writes zeros."""
     return (max(1, min(units, MAX_PROGRAMS)),)
+
+
+@contextmanager
+def ticket(device: torch.device) -> Iterator[Tensor]:
+    """A counter () int32 of the programs of one launch, 0; the last of them must write 0 again.
+
+    A stream keeps its own, so a launch needs no fill of its own: those of one stream follow each
+    other, those of two share nothing. It is taken away while it is in use and comes back after a
+    launch that did not raise: one that was interrupted leaves nothing behind.
+    What a graph replays has a counter that the graph itself allocates and fills: its memory is the
+    graph's, and may hold something else between two replays. PyTorch says so while it captures, but
+    not while it warms up for a graph of compiled code (mode="reduce-overhead"), which has memory of
+    its own too; hence a fill for whatever the dispatcher calls.
+    """
+    owned = getattr(_thread, "dispatched", False)
+    stream = 0
+    if device.type == "cuda":
+        owned = owned or torch.cuda.is_current_stream_capturing()
+        stream = triton.runtime.driver.active.get_current_stream(device.index)  # it launches there
+    counter = None if owned else _tickets.pop((device, stream), None)
+    if counter is None:
+        counter = torch.zeros((), dtype=torch.int32, device=device)
+    yield counter
+    if not owned:
+        _tickets[device, stream] = counter
 
 
 def real_dtype(*tensors: Tensor) -> torch.dtype:
@@ -58,6 +88,11 @@ def group_name(group: dist.ProcessGroup | None) -> str | None:
     return None if group is None else group.group_name
 
 
+def group_of(name: str | None) -> dist.ProcessGroup | None:
+    """The process group of that name."""
+    return None if name is None else _resolved(name)
+
+
 def _resolved(group: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
 
@@ -75,6 +110,24 @@ def all_reduce(x: Tensor, group: str) -> None:
     dist.all_reduce(x, group=_resolved(group))
 
 
+def _first_order(gradient: Callable) -> Callable:
+    """A backward function whose results raise where they are differentiated again.
+
+    once_differentiable does so where an upstream gradient has a graph, and detaches where it has
+    none, as the 1 of `backward(create_graph=True)`. What depends on the inputs would be lost.
+    """
+    refusing = once_differentiable(gradient)
+
+    def backward(ctx, *upstream):
+        if torch.is_grad_enabled():  # create_graph
+            upstream = tuple(
+                x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in upstream
+            )
+        return refusing(ctx, *upstream)
+
+    return backward
+
+
 class Op:
     """An op that torch.compile and torch.export see as one node, torch.ops.tetrad.name.
 
@@ -84,19 +137,35 @@ class Op:
     dispatcher would cost 60 us of host time a call, several times a small kernel.
     """
 
-    def __init__(self, function: Callable, outputs: Callable) -> None:
+    def __init__(self, function: Callable, outputs: Callable, name: str | None = None) -> None:
         @functools.wraps(function)
         def run(*args):
             x = next(y for y in args if isinstance(y, Tensor))
-            with torch.cuda.device_of(x):
-                if not torch.is_autocast_enabled(x.device.type):
-                    return function(*args)
-                with torch.autocast(x.device.type, enabled=False):
-                    return function(*args)
+            try:
+                with torch.cuda.device_of(x):
+                    if not torch.is_autocast_enabled(x.device.type):
+                        return function(*args)
+                    with torch.autocast(x.device.type, enabled=False):
+                        return function(*args)
+            except InterpreterError as error:
+                if "0-dimensional" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "Triton 3.6 interprets (TRITON_INTERPRET=1) with NumPy before 2.4 alone: "
+                    "install triton>=3.7 or numpy<2.4"
+                ) from error
+
+        @functools.wraps(function)
+        def dispatched(*args):
+            before, _thread.dispatched = getattr(_thread, "dispatched", False), True
+            try:
+                return run(*args)
+            finally:
+                _thread.dispatched = before
 
         self.eager: Callable = run
-        name = f"tetrad::{function.__name__.removeprefix('_')}"
-        self.registered = torch.library.custom_op(name, run, mutates_args=())
+        name = f"tetrad::{name or function.__name__.removeprefix('_')}"
+        self.registered = torch.library.custom_op(name, dispatched, mutates_args=())
         self.registered.register_fake(outputs)
 
     def __call__(self, *args):
@@ -105,7 +174,11 @@ class Op:
         return self.eager(*args)
 
     def differentiate(self, setup_context: Callable, gradient: Callable) -> None:
-        """Give it a gradient, by the signatures of torch.library.register_autograd."""
+        """Give it a gradient, by the signatures of torch.library.register_autograd.
+
+        It is a constant of autograd: to differentiate it again raises.
+        """
+        gradient = _first_order(gradient)
         self.registered.register_autograd(gradient, setup_context=setup_context)
         run = self.eager
 
@@ -116,11 +189,11 @@ class Op:
                 setup_context(ctx, args, output)
                 return output
 
-            backward: Callable = staticmethod(once_differentiable(gradient))
+            backward: Callable = staticmethod(gradient)
 
         self.eager = Eager.apply
 
 
-def op(outputs: Callable) -> Callable[[Callable], Op]:
+def op(outputs: Callable, name: str | None = None) -> Callable[[Callable], Op]:
     """Decorator: make `_name(tensors and numbers) -> tensors` the Op torch.ops.tetrad.name."""
-    return lambda function: Op(function, outputs)
+    return lambda function: Op(function, outputs, name)

@@ -9,7 +9,8 @@
 The gradient of a token is known while its loss is computed, up to one number for the whole batch:
 upstream gradient / normaliser. One launch writes it, beside the partial sums of each program; a
 counter of integers tells the program that ends last, and it adds the parts up, always in the same
-order: the same bits in every run. Backward is one multiplication. Where plain == clipped, each
+order, and puts the counter back to 0: the same bits in every run, and no fill before one. Backward
+is one launch, which multiplies in fp32 and rounds once. Where plain == clipped, each
 takes half of the gradient, as torch.maximum does: at ratio 1, where clip passes its gradient on,
 that is all of it.
 Bytes per token with fp32 inputs and a bool mask: 13 read and 4 written forward (a second read of
@@ -39,6 +40,7 @@ from tetrad.kernels.launch import (
     real_dtype,
     refuse_gradients,
     runs_kernel,
+    ticket,
     wants_gradient,
 )
 
@@ -50,14 +52,14 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)  # a NaN among valid tokens must reach t
 @triton.jit
 def finish(
     parts_ptr,  # (1 + STATS + 1, programs) fp32: of the loss, of the statistics, of the weights
-    ticket_ptr,  # () int32, 0 at launch
+    ticket_ptr,  # () int32, 0 at launch, and again after it
     denominator_ptr,  # () number, or None
     loss_ptr,  # () fp32, out
     stats_ptr,  # (STATS,) fp32, out
     scale_ptr,  # () fp32, out: 1 / normaliser
     denominator,  # 0 means: the sum of the weights
     STATS: tl.constexpr,
-    LAST_IS_MAX: tl.constexpr,
+    LAST_IS_MAX: tl.constexpr,  # of what the one before it is the mean of
     PROGRAMS: tl.constexpr,
 ):
     """What every program calls once it has stored its parts: the last one adds them all up."""
@@ -65,6 +67,7 @@ def finish(
     programs = tl.num_programs(0)
     tl.debug_barrier()  # Triton 3.6 would let the ticket overtake the stores of other warps
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == programs - 1:
+        tl.store(ticket_ptr, 0)  # nobody else will come: ready for the next launch
         i = tl.arange(0, PROGRAMS)
         inside = i < programs
         if denominator_ptr is not None:
@@ -76,14 +79,17 @@ def finish(
             normaliser = tl.maximum(tl.sum(weights, 0), 1)
             normaliser = tl.where(denominator > 0, tl.cast(denominator, REAL), normaliser)
         tl.store(scale_ptr, 1 / normaliser)
+        mean = normaliser
         for k in tl.static_range(STATS + 1):
             part = tl.load(parts_ptr + k * programs + i, mask=inside, other=0, cache_modifier=".cg")
             if k == 0:
                 tl.store(loss_ptr, tl.sum(part, 0) / normaliser)
             elif LAST_IS_MAX and k == STATS:
-                tl.store(stats_ptr + k - 1, tl.max(part, 0))
+                top = tl.max(part, 0)  # which drops a NaN, as a mean does not
+                tl.store(stats_ptr + k - 1, tl.where(mean == mean, top, mean))
             else:
-                tl.store(stats_ptr + k - 1, tl.sum(part, 0) / normaliser)
+                mean = tl.sum(part, 0) / normaliser
+                tl.store(stats_ptr + k - 1, mean)
 
 
 @triton.jit
@@ -120,7 +126,7 @@ def _policy(
     cu_ptr,  # (rows + 1,) int, or None when every row has `length` tokens
     gradient_ptr,  # (n,) fp32, out: d (sum of weighted losses) / d logprobs; or None
     parts_ptr,  # (6, programs) fp32, scratch: sums of loss, clipped, k3, ratio; max; sum of weights
-    ticket_ptr,  # () int32, 0
+    ticket_ptr,  # () int32, 0, before and after
     denominator_ptr,  # () number, in the place of denominator; or None
     loss_ptr,  # () fp32, out
     stats_ptr,  # (4,) fp32, out
@@ -155,7 +161,7 @@ def _policy(
             A = tl.where(valid, A, 0)
             w = tl.where(valid, weight, 0)
 
-            moves = tl.abs(d) <= MAX_LOG_RATIO
+            held = tl.abs(d) > MAX_LOG_RATIO  # NaN is not: it must reach the gradient
             # no tl.clamp: between -c and c it compiles to an instruction that fp64 has not
             d = tl.maximum(tl.minimum(d, MAX_LOG_RATIO, ALL), -MAX_LOG_RATIO, ALL)
             ratio = tl.exp(d)
@@ -176,7 +182,7 @@ def _policy(
             top = tl.maximum(top, tl.max(fours, 1))
             weights += _by_fours(w, BLOCK)
             if gradient_ptr is not None:
-                gradient = tl.where(moves, w * share * plain, 0)
+                gradient = tl.where(held, 0, w * share * plain)
                 tl.store(gradient_ptr + at, gradient, mask=inside)
     tl.store(parts_ptr + program, tl.sum(losses, 0))
     tl.store(parts_ptr + programs + program, tl.sum(clips, 0))
@@ -199,7 +205,7 @@ def _value(
     cu_ptr,  # (rows + 1,) int, or None when every row has `length` tokens
     gradient_ptr,  # (n,) fp32, out: d (sum of weighted losses) / d values; or None
     parts_ptr,  # (6, programs) fp32, scratch: sums of loss, clipped, V, R, (V - R)^2, weights
-    ticket_ptr,  # () int32, 0
+    ticket_ptr,  # () int32, 0, before and after
     denominator_ptr,  # () number, in the place of denominator; or None
     loss_ptr,  # () fp32, out
     stats_ptr,  # (4,) fp32, out
@@ -232,7 +238,8 @@ def _value(
 
             within = tl.clamp(V, old - clip_range, old + clip_range, ALL)
             plain, clipped = (V - R) * (V - R), (within - R) * (within - R)
-            share = _part(plain, clipped) + tl.where(within == V, _part(clipped, plain), 0.0)
+            flat = 0 * clipped  # the slope where clip holds V: 0, but NaN where the old value is
+            share = _part(plain, clipped) + tl.where(within == V, _part(clipped, plain), flat)
 
             losses += 0.5 * _by_fours(w * tl.maximum(plain, clipped, ALL), BLOCK)
             clips += _by_fours(tl.where(clipped > plain, w, 0), BLOCK)
@@ -282,13 +289,38 @@ def _launch(
     else:
         cu_seqlens, rows, length = cu_seqlens.contiguous(), len(cu_seqlens) - 1, 0
     grid = programs(rows)
-    kernel[grid](
-        x, first, second, mask, cu_seqlens, gradient if wanted else None,
-        scale.new_empty(6, *grid), scale.new_zeros((), dtype=torch.int32),
-        None if denominators is None else denominators.to(x.device), loss, stats, scale, rows,
-        length, n, denominator, **numbers, PER_SEQUENCE=per_sequence, PROGRAMS=MAX_PROGRAMS,
-        BLOCK=block,
-    )  # fmt: skip
+    with ticket(x.device) as counter:
+        kernel[grid](
+            x, first, second, mask, cu_seqlens, gradient if wanted else None,
+            scale.new_empty(6, *grid), counter,
+            None if denominators is None else denominators.to(x.device), loss, stats, scale, rows,
+            length, n, denominator, **numbers, PER_SEQUENCE=per_sequence, PROGRAMS=MAX_PROGRAMS,
+            BLOCK=block,
+        )  # fmt: skip
+
+
+@triton.jit
+def _scale(
+    gradient_ptr,  # (n,) fp32
+    scale_ptr,  # () fp32
+    upstream_ptr,  # () fp32
+    dx_ptr,  # (n,) float, out
+    n,
+    BLOCK: tl.constexpr,
+):
+    factor = tl.load(upstream_ptr) * tl.load(scale_ptr)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(dx_ptr + at, tl.load(gradient_ptr + at, mask=at < n, other=0) * factor, mask=at < n)
+
+
+@op(lambda gradient, scale, upstream, dtype: torch.empty_like(gradient, dtype=dtype))
+def _scaled(gradient: Tensor, scale: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * (upstream * scale), rounded once."""
+    dx = torch.empty_like(gradient, dtype=dtype)
+    n = gradient.numel()
+    if n:
+        _scale[(triton.cdiv(n, 2 * BLOCK),)](gradient, scale, upstream, dx, n, BLOCK=2 * BLOCK)
+    return dx
 
 
 def keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -301,13 +333,12 @@ def keep_gradient(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tens
 
 def scaled_gradient(ctx, dloss: Tensor | None, *_) -> tuple[Tensor | None, ...]:
     """The gradient that was kept, times its factor and the upstream gradient."""
-    gradient, scale = ctx.saved_tensors
-    dx = None if dloss is None else (gradient * (dloss * scale)).to(ctx.dtype)
+    dx = None if dloss is None else _scaled(*ctx.saved_tensors, dloss, ctx.dtype)
     return dx, *ctx.constants
 
 
-@op(_outputs)
-def _policy_loss(
+@op(_outputs, "policy_loss")
+def policy_loss_and_gradient(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: bool, mask: Tensor,
     cu_seqlens: Tensor | None, denominator: float, denominators: Tensor | None, aggregation: str,
     clip_range: float, dual_clip: float | None,
@@ -321,8 +352,8 @@ def _policy_loss(
     return outputs
 
 
-@op(_outputs)
-def _value_loss(
+@op(_outputs, "value_loss")
+def value_loss_and_gradient(
     values: Tensor, old_values: Tensor, returns: Tensor, wanted: bool, mask: Tensor,
     cu_seqlens: Tensor | None, denominator: float, denominators: Tensor | None, aggregation: str,
     clip_range: float,
@@ -335,8 +366,8 @@ def _value_loss(
     return outputs
 
 
-_policy_loss.differentiate(keep_gradient, scaled_gradient)
-_value_loss.differentiate(keep_gradient, scaled_gradient)
+policy_loss_and_gradient.differentiate(keep_gradient, scaled_gradient)
+value_loss_and_gradient.differentiate(keep_gradient, scaled_gradient)
 
 
 def policy_loss(
@@ -376,7 +407,7 @@ def policy_loss(
             logprobs, old_logprobs, advantages, mask, clip_range=clip_range, dual_clip=dual_clip,
             aggregation=aggregation, denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    loss, stats, _, _ = _policy_loss(
+    loss, stats, _, _ = policy_loss_and_gradient(
         logprobs, old_logprobs, advantages, wants_gradient(logprobs),
         mask, cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
         None if dual_clip is None else float(dual_clip),
@@ -409,7 +440,7 @@ def value_loss(
             values, old_values, returns, mask, clip_range=clip_range, aggregation=aggregation,
             denominator=denominator, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    loss, stats, _, _ = _value_loss(
+    loss, stats, _, _ = value_loss_and_gradient(
         values, old_values, returns, wants_gradient(values), mask,
         cu_seqlens, *number_or_tensor(denominator), aggregation, float(clip_range),
     )  # fmt: skip

@@ -6,13 +6,12 @@
 A program owns prompts. It walks the K x K pairs of a prompt in tiles, first to count the pairs that
 are no ties, then for loss and gradient. A completion gathers its gradient from its row of tiles, as
 winner and as loser. The last program to finish adds up the partial sums of all, and backward is
-one multiplication, as in ppo_loss.
+one launch that multiplies, as in ppo_loss.
 Bytes per completion with fp32 scores and int32 ranks: 24 read (again for every further 16
 completions of its prompt) and 4 written.
 Meaning: `reference.ranking_loss`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +27,7 @@ from tetrad.kernels.launch import (
     programs,
     real_dtype,
     runs_kernel,
+    ticket,
     wants_gradient,
 )
 from tetrad.kernels.logprob import log1p
@@ -52,7 +52,7 @@ def _ranking(
     cu_ptr,  # (prompts + 1,) int
     gradient_ptr,  # (M,) fp32, out: d (sum of the prompts' losses) / d scores; or None
     parts_ptr,  # (3, programs) fp32, scratch: sums of loss, accuracy, prompts with a comparison
-    ticket_ptr,  # () int32, 0
+    ticket_ptr,  # () int32, 0, before and after
     denominator_ptr,  # () number, in the place of denominator; or None
     loss_ptr,  # () fp32, out
     accuracy_ptr,  # () fp32, out
@@ -124,13 +124,13 @@ def _ranking_loss(
     loss, accuracy, gradient, scale = outputs = _outputs(scores, wanted)
     prompts = len(cu_prompts) - 1
     grid = programs(prompts)
-    _ranking[grid](
-        scores.contiguous(), ranks.contiguous(), cu_prompts.contiguous(),
-        gradient if wanted else None, scale.new_empty(3, *grid),
-        scale.new_zeros((), dtype=torch.int32),
-        None if denominators is None else denominators.to(scores.device), loss, accuracy, scale,
-        prompts, denominator, PROGRAMS=MAX_PROGRAMS, BLOCK=BLOCK, num_warps=1,
-    )  # fmt: skip
+    with ticket(scores.device) as counter:
+        _ranking[grid](
+            scores.contiguous(), ranks.contiguous(), cu_prompts.contiguous(),
+            gradient if wanted else None, scale.new_empty(3, *grid), counter,
+            None if denominators is None else denominators.to(scores.device), loss, accuracy,
+            scale, prompts, denominator, PROGRAMS=MAX_PROGRAMS, BLOCK=BLOCK, num_warps=1,
+        )  # fmt: skip
     return outputs
 
 

@@ -5,6 +5,7 @@ What `mask` hides is unreadable: it is selected away, never multiplied by zero, 
 there changes neither results nor gradients, and the result there is 0.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,13 @@ from tetrad.kernels.check import (
     check_ranking_loss,
     check_rows,
     check_same_shape,
+    check_temperature,
     check_token_logprobs,
+    check_weight_grad,
 )
 
 MAX_LOG_RATIO = 20.0  # nats; exp is clamped here, where its gradient becomes 0 (e^20 = 4.9e8)
+MAX_DIFFERENCE = 1e8  # nats: less than e^20, so that k3 stays positive however unlikely a token is
 IGNORED = -(2**31)  # the token of a position that a mask hides: -100 might be one by mistake
 
 
@@ -81,6 +85,7 @@ def token_logprobs(
     """
     check_token_logprobs(logits, tokens, temperature, vocab_start, vocab_size, inplace_backward)
     V = logits.shape[-1]
+    check_temperature(temperature, tokens, ignore_index)
     counted = tokens != ignore_index
     x = torch.where(counted[..., None], _real(logits), 0.0)
     if isinstance(temperature, Tensor):
@@ -200,6 +205,20 @@ def linear_token_logprobs(
     )  # fmt: skip
 
 
+def _adding_to(weight_grad: Tensor | None, weight: Tensor) -> Tensor:
+    """weight as a leaf of its own whose gradient is added to weight_grad, if it is given."""
+    if weight_grad is None or not torch.is_grad_enabled():
+        return weight
+    leaf = weight.detach().requires_grad_()
+
+    def add(leaf: Tensor) -> None:
+        weight_grad[: len(leaf)].add_(leaf.grad)  # type: ignore[arg-type]
+        leaf.grad = None
+
+    leaf.register_post_accumulate_grad_hook(add)
+    return leaf
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -212,12 +231,18 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     denominator: float | Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    upstream: float = 1.0,
 ) -> Tensor:
     """-sum of `linear_token_logprobs` over the tokens that count, over their number: a scalar.
 
     denominator: the token count of the global batch when this is a part of it.
+    weight_grad: what backward adds the gradient of weight to, in place of weight.grad. upstream,
+    what backward will be given, has no meaning here.
     """
     check_denominator(denominator)
+    check_weight_grad(weight_grad, upstream, hidden, weight, denominator)
+    weight = _adding_to(weight_grad, weight)
     logprobs = linear_token_logprobs(
         hidden, weight, tokens, bias=bias, temperature=temperature, ignore_index=ignore_index,
         vocab_start=vocab_start, vocab_size=vocab_size, group=group,
@@ -232,7 +257,8 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
 
     With d = log p - log q: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d, "abs" |d|
     (Schulman 2020, joschu.net/blog/kl-approx.html). k1 and k3 are unbiased; k3 is never negative;
-    as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there.
+    as a loss only k2 has the gradient of the KL. exp(-d) is clamped at d = -20: no gradient there;
+    and the d beside it at -1e8.
     """
     check_one_of("estimator", estimator, ESTIMATORS)
     check_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
@@ -243,7 +269,10 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -
         return 0.5 * d.square()
     if estimator == "abs":
         return d.abs()
-    return torch.expm1((-d).clamp(max=MAX_LOG_RATIO)) + d
+    beyond = d < -MAX_LOG_RATIO
+    x = torch.where(beyond, 0.0, -d)  # selected, not clamped: clamp hides a NaN from the gradient
+    held = math.expm1(MAX_LOG_RATIO) + d.clamp(min=-MAX_DIFFERENCE)
+    return torch.where(beyond, held, torch.expm1(x) - x)
 
 
 def exact_kl(
@@ -262,6 +291,7 @@ def exact_kl(
     `token_logprobs`. mask (...): where it is 0 the result and the gradient are 0; default all.
     """
     check_exact_kl(logits, ref_logits, mask, temperature, vocab_start, vocab_size)
+    check_temperature(temperature, mask)
     V = logits.shape[-1]
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask != 0
     t = temperature
@@ -321,12 +351,9 @@ def linear_exact_kl(
     )  # fmt: skip
 
 
-def _rows(bounds: Tensor, n_tokens: int) -> tuple[Tensor, Tensor, int]:
-    """For packed tokens: the sequence of each (N,), its place in it (N,), the longest length."""
-    lengths = bounds.long().diff()
-    sequence = torch.repeat_interleave(lengths)
-    place = torch.arange(n_tokens, device=bounds.device) - bounds.long()[sequence]
-    return sequence, place, int(lengths.max()) if len(lengths) else 0
+def _sequence_of(bounds: Tensor, n_tokens: int) -> Tensor:
+    """(N,): the number of the sequence to which each packed token belongs."""
+    return torch.repeat_interleave(bounds.long().diff(), output_size=n_tokens)
 
 
 def _last_valid(mask: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
@@ -361,7 +388,9 @@ def gae(
     """
     B = check_gae(rewards, values, mask, gamma, lam, cu_seqlens, mask_mode, bootstrap)
     if cu_seqlens is not None:
-        sequence, place, T = _rows(cu_seqlens, len(rewards))
+        sequence = _sequence_of(cu_seqlens, len(rewards))
+        place = torch.arange(len(rewards), device=mask.device) - cu_seqlens.long()[sequence]
+        T = int(cu_seqlens.diff().max()) if B else 0
 
         def unpack(x: Tensor) -> Tensor:
             return x.new_zeros(B, T).index_put((sequence, place), x)
@@ -460,7 +489,7 @@ def ppo_advantages(
     if cu_seqlens is None:
         sequence = torch.arange(S, device=mask.device).repeat_interleave(mask.shape[1])
     else:
-        sequence, _, _ = _rows(cu_seqlens, len(mask))
+        sequence = _sequence_of(cu_seqlens, len(mask))
     last = _last_valid(valid.flatten(), sequence, S).view_as(valid)
     rewards = -kl_coef * kl + torch.where(last, scores[sequence].view_as(kl), 0.0)
     if whiten_rewards:
@@ -485,7 +514,7 @@ def _aggregate(
     if cu_seqlens is None:
         sums, counts = x.sum(1), valid.sum(1)
     else:
-        sequence, _, _ = _rows(cu_seqlens, len(x))
+        sequence = _sequence_of(cu_seqlens, len(x))
         zeros = x.new_zeros(len(cu_seqlens) - 1)
         sums = zeros.index_add(0, sequence, x)
         counts = zeros.index_add(0, sequence, valid.to(x.dtype))
@@ -524,7 +553,8 @@ def policy_loss(
     valid = mask != 0
     logprobs, old_logprobs, advantages = _reals(logprobs, old_logprobs, advantages)
     d = torch.where(valid, logprobs - old_logprobs, 0.0)
-    d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    held = d.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    d = torch.where(d.abs() > MAX_LOG_RATIO, held, d)  # clamp would hide a NaN from the gradient
     A = torch.where(valid, advantages, 0.0)
     ratio = d.exp()
     plain, clipped = -A * ratio, -A * ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -563,8 +593,15 @@ def linear_policy_loss(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    weight_grad: Tensor | None = None,
+    upstream: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...)."""
+    """`policy_loss` of `linear_token_logprobs`: (..., d), (V, d), and per token inputs (...).
+
+    weight_grad and upstream as in `linear_cross_entropy`.
+    """
+    check_weight_grad(weight_grad, upstream, hidden, weight, denominator)
+    weight = _adding_to(weight_grad, weight)
     logprobs: Any = linear_token_logprobs(
         hidden, weight, torch.where(mask != 0, tokens, IGNORED), bias=bias,
         temperature=temperature, ignore_index=IGNORED, vocab_start=vocab_start,
@@ -598,7 +635,8 @@ def value_loss(
     tensors = _reals(values, old_values, returns)
     v, old, target = (torch.where(valid, x, 0.0) for x in tensors)
     plain = (v - target).square()
-    clipped = (v.clamp(old - clip_range, old + clip_range) - target).square()
+    known = torch.where(old.isnan(), old, 1.0)  # a factor: clamp hides a NaN from the gradient
+    clipped = ((v * known).clamp(old - clip_range, old + clip_range) - target).square()
 
     def mean(x: Tensor) -> Tensor:
         return _aggregate(x, mask, aggregation, denominator, cu_seqlens)
@@ -611,6 +649,20 @@ def value_loss(
             "error": mean(plain),
         }
     return mean(0.5 * torch.maximum(plain, clipped)), stats
+
+
+def _places(better: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, column and True of each pair (i, j) that is true, of which (j, i) is false.
+
+    torch.compile needs to know their number: then they are as many as can be, the rest False.
+    """
+    if torch.compiler.is_compiling():
+        most = len(better) * (len(better) - 1) // 2
+        places = torch.nonzero_static(better, size=most, fill_value=-1)
+    else:
+        places = better.nonzero()
+    row, column = places.unbind(1)
+    return row, column, row >= 0
 
 
 def ranking_loss(
@@ -628,16 +680,17 @@ def ranking_loss(
     part of the batch. Without any comparison both are 0.
     """
     check_ranking_loss(scores, ranks, cu_prompts, denominator)
-    prompt, _, _ = _rows(cu_prompts, len(scores))
+    prompt = _sequence_of(cu_prompts, len(scores))
     s = _real(scores)
     better = (prompt[:, None] == prompt[None]) & (ranks[:, None] < ranks[None])
-    winner, loser = better.nonzero(as_tuple=True)
-    margin = s[winner] - s[loser]
+    winner, loser, real = _places(better)
+    margin = torch.where(real, s[winner] - s[loser], 0.0)
     zeros = s.new_zeros(len(cu_prompts) - 1)
-    pairs = zeros.index_add(0, prompt[winner], torch.ones_like(margin))
+    pairs = zeros.index_add(0, prompt[winner], real.to(s.dtype))
     n = (pairs > 0).sum().clamp(min=1) if denominator is None else denominator
 
     def mean(x: Tensor) -> Tensor:
+        x = torch.where(real, x, 0.0)
         return (zeros.index_add(0, prompt[winner], x) / pairs.clamp(min=1)).sum() / n
 
     loss = mean(-torch.nn.functional.logsigmoid(margin))

@@ -95,7 +95,9 @@ class Engine:
         """(N,) fp32 log p(token | all before it) of the response tokens, in nats; 0 elsewhere."""
 
         def read(hidden: Tensor, weight: Tensor, part: Part) -> Tensor:
-            return self.logprobs_of(hidden, weight, part.tokens, temperature)
+            return linear_token_logprobs(  # type: ignore[return-value]
+                hidden, weight, part.tokens, temperature=temperature, **self.vocabulary(weight)
+            )
 
         return self._read(batch, read)
 
@@ -124,7 +126,7 @@ class Engine:
             value, part.stats = linear_policy_loss(
                 hidden, weight, part.tokens, old_logprobs, advantages, mask,
                 temperature=temperature, clip_range=clip_range, denominator=denominator,
-                **self._vocabulary(weight),
+                **self.vocabulary(weight), **self._into_main_grad(hidden, weight, part),
             )  # fmt: skip
             return value
 
@@ -138,7 +140,8 @@ class Engine:
         def loss(hidden: Tensor, unembedding: Tensor, part: Part) -> Tensor:
             nats = linear_cross_entropy(
                 hidden, unembedding, part.tokens, denominator=denominator,
-                **self._vocabulary(unembedding),
+                **self.vocabulary(unembedding),
+                **self._into_main_grad(hidden, unembedding, part, coef),
             )  # fmt: skip
             part.stats = {"nats_per_token": nats}
             return coef * nats
@@ -190,22 +193,28 @@ class Engine:
                 self.memory.next.weights.prefetch()
         self.weights.show()
 
-    def logprobs_of(
-        self, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
-    ) -> Tensor:
-        """(R,) fp32 log-probs of tokens (R,) after hidden (R, d): the one place they come from."""
-        return linear_token_logprobs(  # type: ignore[return-value]
-            hidden, weight, tokens, temperature=temperature, **self._vocabulary(weight)
-        )
-
-    def _vocabulary(self, weight: Tensor) -> dict:
-        """Which part of the vocabulary this rank's rows (V / tp, d) of the unembedding are."""
+    def vocabulary(self, weight: Tensor) -> dict:
+        """Which part of the vocabulary this rank's rows (V / tp, d) of the unembedding are, as the
+        ops take it."""
         t = self.topology
         return {
             "vocab_start": t.tp_rank * len(weight),
             "vocab_size": self.architecture.vocab_size,
             "group": t.groups.tp if t.tp > 1 else None,
         }
+
+    def _into_main_grad(
+        self, hidden: Tensor, weight: Tensor, part: Part, coef: float = 1.0
+    ) -> dict:
+        """Have a loss, of which `coef` times is used, add the unembedding's gradient where Megatron
+        sums gradients: a sum of its own would be written, rounded and added to that."""
+        assert self.optimizer is not None
+        last = self.cores[-1]
+        looked_up = last.pre_process and last.share_embeddings_and_output_weights
+        if not looked_up:  # autograd, for which the unembedding is a constant here, will not say so
+            hidden.register_hook(lambda _: self.optimizer.announce(weight))
+        main_grad = weight.main_grad  # type: ignore[attr-defined]
+        return {"weight_grad": main_grad, "upstream": coef if part.groups else 0.0}
 
     @torch.no_grad()
     def _read(

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tetrad.kernels.linear_logprob import matmul
+from tetrad.kernels.logprob import token_logprobs
 from tetrad.parallel import device
 from tetrad.parallel.attention import KVCache, Packing
 from tetrad.parallel.engine import Engine
@@ -140,9 +141,12 @@ class _Decoder:
         return output
 
     def _draw(self, hidden: Tensor, weight: Tensor, uniform: Tensor) -> Tensor:
-        """(2, R) fp64: sampled tokens and their log-probs."""
-        chosen = self._sample(matmul(hidden, weight.t()), uniform)
-        logprobs = self.engine.logprobs_of(hidden, weight, chosen, self.temperature or 1.0)
+        """(2, R) fp64: sampled tokens and their log-probs, both from one product."""
+        logits = matmul(hidden, weight.t())
+        chosen = self._sample(logits, uniform)
+        logprobs: Tensor = token_logprobs(  # type: ignore[assignment]
+            logits, chosen, temperature=self.temperature or 1.0, **self.engine.vocabulary(weight)
+        )
         return torch.stack([chosen.double(), logprobs.double()])
 
     def _broadcast(self, drawn: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,14 @@ class Optimizer:
         with nullcontext() if last else self._no_sync():
             yield
 
+    def announce(self, weight: Tensor) -> None:
+        """Say that this micro-batch has added to weight.main_grad all that it will, as Megatron's
+        hook says of a gradient that autograd made: the sum over the ranks may begin."""
+        for ddp in self.ddp if self.overlap else ():
+            if weight in ddp.param_to_bucket_group:
+                group = ddp.param_to_bucket_group[weight]
+                group.register_grad_ready(weight, ddp.force_all_reduce)
+
     @contextmanager
     def _no_sync(self) -> Iterator[None]:
         with ExitStack() as stack:

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from tetrad.parallel.settings import ALIGNMENT, BYTES, Architecture, Layout
 
-LOSS_ROWS = 2048  # kernels.linear_loss.ROWS, which needs torch to be read
+LOSS_ROWS = 4096  # kernels.linear_loss.ROWS, which needs torch to be read
+CHUNK_BYTES = 2**30  # kernels.linear_logprob.CHUNK_BYTES
 Bytes = dict[str, int]  # by kind
 
 
@@ -343,13 +344,17 @@ class Run:
         return {"activations": prefill, "KV cache": cache, "workspaces": max(step, draw)}
 
     def _reading(self, role: Role, rank: int) -> Bytes:
+        a = role.architecture
         _, tokens = self.work.parts(role, self.world, self.work.episodes)
         local = tokens // role.layout.cp
         last = role.stage(self.world, rank) == role.layout.pp - 1
         answer = 4 if role.head == "scalar" else BYTES[role.precision]
-        answers = local * role.architecture.hidden_size * answer * last
+        answers = local * a.hidden_size * answer * last
         sent = 0 if last else 2 * local * layer_of(role).input  # and received, between stages
-        workspace = self._gathered(role, local) + answers + sent
+        logits = 0
+        if last and role.head == "language":
+            logits = min(CHUNK_BYTES, 4 * local * a.padded_vocab(role.layout.tp) // role.layout.tp)
+        workspace = self._gathered(role, local) + answers + sent + logits
         return {"activations": local * layer_of(role).forward, "workspaces": workspace}
 
     def _training(self, role: Role, rank: int, ptx: int) -> Bytes:
@@ -368,9 +373,10 @@ class Run:
         if last and role.head == "scalar":
             workspace += 4 * local * a.hidden_size
         elif last:
-            # kernels.linear_loss: logits and their gradient; sums of gradients, also rounded
+            # kernels.linear_loss: logits and their gradient; the sum of that of hidden states, also
+            # rounded, and a copy of the rows that are multiplied
             rows, width = min(LOSS_ROWS, local), a.padded_vocab(layout.tp) // layout.tp
-            workspace += rows * width * (4 + e) + (4 + e) * a.hidden_size * (local + width)
+            workspace += rows * width * (4 + e) + ((4 + e) * local + e * rows) * a.hidden_size
         return {"activations": activations, "workspaces": workspace}
 
     def _gathered(self, role: Role, local: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.fakegpu import ARCHITECTURES, FakeGPU
-from tetrad.kernels import check
+from tetrad.kernels import check, linear_logprob
 from tetrad.kernels.advantages import gae, ppo_advantages, whiten
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
 from tetrad.kernels.kl import token_kl
@@ -51,6 +51,12 @@ def bounds() -> Tensor:
 
 def mask() -> Tensor:
     return torch.zeros(8, 4096, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def many_rows_too(monkeypatch) -> None:
+    """The fused product compiles whether or not it is the one that is chosen."""
+    monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 10**6)
 
 
 # A call per op and per way through it that compiles differently. 128256 columns are aligned for
@@ -127,7 +133,7 @@ CALLS: dict[str, Callable[[], object]] = {
     ),
     "policy_loss": lambda: policy_loss(real(8, 4096), *padded(2), mask(), dual_clip=3.0),
     "policy_loss-sequences": lambda: policy_loss(
-        real(8, 4096), *padded(2), mask(), aggregation="sequence-mean", denominator=tokens(1)[0]
+        real(8, 4096), *padded(2), mask(), aggregation="sequence-mean", denominator=tokens(1)[0] + 1
     ),
     "value_loss": lambda: value_loss(real(8, 4096, dtype=half), *padded(2), mask()),
     "value_loss-packed": lambda: value_loss(
@@ -152,7 +158,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "ranking_loss": lambda: ranking_loss(real(8 * 4096), tokens(8 * 4096), bounds()),
     "ranking_loss-denominator": lambda: ranking_loss(
         real(8 * 4096, dtype=half), tokens(8 * 4096).int(), bounds().int(),
-        denominator=torch.zeros(()),
+        denominator=torch.ones(()),
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from tetrad.kernels import check
 
@@ -32,14 +33,51 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Fail if the host reads what a tensor holds; that bounds rise is checked on the CPU alone."""
+    """Fail if the host reads what a tensor holds; ranges and bounds are read on the CPU alone."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with mock.patch.object(check, "check_bounds"):
+    with mock.patch.multiple(check, check_bounds=mock.DEFAULT, check_values=mock.DEFAULT):
         with torch.profiler.profile(activities=activities) as profile:
             yield
     seen = {event.key.removeprefix("aten::").rstrip("2") for event in profile.key_averages()}
     assert "new_empty" in seen, "nothing was recorded"
     assert not seen & WAITS
+
+
+# PyTorch's operators that launch nothing on a GPU, and those that only call others.
+LAUNCH_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "as_strided", "detach"}
+LAUNCH_NOTHING |= {"view", "_unsafe_view", "reshape", "unbind", "select", "slice", "expand"}
+LAUNCH_NOTHING |= {"to", "_to_copy", "contiguous"}
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """What would be launched on a GPU: Triton's kernels, then PyTorch's operators."""
+    seen: list[str] = []
+    interpret = GridExecutor.__call__
+
+    def marked(self, *args, **kwargs):
+        seen.append(self.fn.__name__)
+        with torch.profiler.record_function("interpreter"):  # which copies tensors
+            return interpret(self, *args, **kwargs)
+
+    torch.utils.deterministic.fill_uninitialized_memory = False  # each test's fixture asks for it
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        mock.patch.object(GridExecutor, "__call__", marked),
+        torch.profiler.profile(activities=activities) as profile,
+    ):
+        yield seen
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+    def names(event) -> Iterator[str]:
+        yield event.name.removeprefix("aten::")
+        if event.cpu_parent is not None:
+            yield from names(event.cpu_parent)
+
+    chains = [list(names(e)) for e in profile.events() if e.name.startswith("aten::")]
+    ours = {chain[0] for chain in chains if "interpreter" not in chain}
+    assert "new_empty" in ours, "nothing was recorded"
+    seen += sorted(ours - LAUNCH_NOTHING)
 
 
 def compiled(f: Callable, **options) -> Callable:

@@ -463,6 +463,16 @@ def test_compiles_into_one_graph(device) -> None:
     assert all(torch.equal(x, y) for x, y in zip(traced, calls(*inputs), strict=True))
 
 
+def test_the_reference_compiles_into_one_graph(monkeypatch) -> None:
+    """Where a CPU's tensors are not interpreted. Packed, the longest length is the bounds' to say:
+    there the op is one node, which runs the reference inside."""
+    inputs = experience("cpu", B=3, T=30)
+    expected = calls(*inputs)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for x, y in zip(compiled(calls)(*inputs), expected, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
+
+
 def test_compiles_once_for_all_lengths(device) -> None:
     f = compiled(lambda *inputs: ppo_advantages(*inputs, kl_coef=0.1), dynamic=True)
     for T in 30, 17:
@@ -549,6 +559,7 @@ def test_refusals(ops, device) -> None:
     x, mask = torch.zeros(2, 3, device=device), torch.ones(2, 3, device=device)
     refused("mask_mode is 'skip'", ops.gae, x, x, mask, mask_mode="skip")
     refused("gamma is 1.5", ops.gae, x, x, mask, gamma=1.5)
+    refused("lam is nan", ops.gae, x, x, mask, lam=torch.nan)
     refused(r"values has shape \(3, 2\)", ops.gae, x, x.T, mask)
     refused(r"without cu_seqlens: \(B, T\)", ops.gae, x[0], x[0], mask[0])
     refused(r"bootstrap has shape \(3,\)", ops.gae, x, x, mask, bootstrap=x[0])
@@ -557,7 +568,13 @@ def test_refusals(ops, device) -> None:
             lam=x[0, 0])  # fmt: skip
     refused("lam is -0.1", ops.ppo_advantages, x[:, 0], x, x, x, mask, kl_coef=0.1, lam=-0.1)
     bounds = torch.tensor([0, 2, 1, 3], device=device)
-    if device == "cpu":  # on a GPU the content of the bounds is trusted
+    if device == "cpu":  # on a GPU the content of tensors is trusted
+        one = torch.ones(2)
+        for wrong in 1.5, -0.5, torch.nan:
+            message = f"holds {wrong}; it must lie in"
+            refused(f"gamma {message}", ops.gae, x, x, mask, gamma=torch.tensor([1.0, wrong]))
+            refused(f"lam {message}", ops.ppo_advantages, one, x, x, x, mask, kl_coef=0.1,
+                    lam=torch.tensor([wrong, 1.0]).double())  # fmt: skip
         refused("must rise from 0 to 3", ops.gae, x[0], x[0], mask[0], cu_seqlens=bounds)
     refused("int32 or int64", ops.gae, x[0], x[0], mask[0], cu_seqlens=bounds.float())
     refused(r"scores has shape \(3,\)", ops.ppo_advantages, x[0], x, x, x, mask, kl_coef=0.1)

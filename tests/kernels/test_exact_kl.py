@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.forked_world import run_world
 from tests.kernels.callers import LAYOUTS, SHARDS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
+from tests.products import Products, assert_aligned
 from tetrad.kernels import exact_kl as module
 from tetrad.kernels import linear_logprob, reference
 from tetrad.kernels.exact_kl import exact_kl, linear_exact_kl
@@ -252,6 +253,15 @@ def test_linear_as_exact_as_pytorch(chunk, dtype, device, assert_as_exact, monke
     theirs = run_linear(plain_linear, *tensors)
     for outputs in zip(ours, theirs, run_linear(plain_linear, *double(tensors)), strict=True):
         assert_as_exact(*outputs, floor=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [2**30, 4 * 999])
+def test_linear_rows_of_all_products_are_aligned(chunk, device, monkeypatch) -> None:
+    monkeypatch.setattr(linear_logprob, "CHUNK_BYTES", chunk)
+    shapes = (14, 24), (301, 24), (14, 16), (301, 16)
+    with Products() as products:
+        run_linear(linear_exact_kl, *(torch.randn(*s, device=device) for s in shapes))
+    assert_aligned(products.seen)
 
 
 @IMPLEMENTATIONS

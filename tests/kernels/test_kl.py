@@ -92,6 +92,29 @@ def test_k3_is_exact_near_zero_and_clamped_far_from_it(device) -> None:
     assert p.grad.tolist() == pytest.approx([1e-5, 0.0, 1.0, 1.0], rel=1e-5)
 
 
+@IMPLEMENTATIONS
+def test_k3_is_never_negative(kl_of, device) -> None:
+    """Slope 1 - exp(-d), without exp(-d) beyond -20; and 0 where d itself is held, at -1e8."""
+    d = torch.tensor([-math.inf, -1e30, -1e10, -1e9, -1e8, -30.0, -20.0], device=device)
+    d = torch.cat([d, torch.logspace(-12, 1.3, 500, device=device) * -1])
+    p = torch.cat([d, -d]).requires_grad_()
+    kl = kl_of(p, torch.zeros_like(p), estimator="k3")
+    assert (kl >= 0).all() and kl[:4].tolist() == pytest.approx(4 * [math.expm1(20) - 1e8])
+    kl.sum().backward()
+    assert p.grad[:7].tolist() == pytest.approx([0.0] * 4 + [1.0, 1.0, -math.expm1(20)])
+
+
+@IMPLEMENTATIONS
+def test_a_token_that_the_reference_excludes_is_infinitely_far(kl_of, device) -> None:
+    p = torch.tensor([-1.0, torch.nan], device=device, requires_grad=True)
+    q = torch.tensor([-math.inf, -1.0], device=device, requires_grad=True)
+    for estimator in check.ESTIMATORS:
+        kl = kl_of(p, q, estimator=estimator)
+        assert kl[0] == math.inf and kl[1].isnan()
+    kl_of(p, q, estimator="k3").sum().backward()
+    assert p.grad[0] == 1 and q.grad[0] == -1 and p.grad[1].isnan()
+
+
 def test_strided_inputs_and_upstream_gradients(device) -> None:
     p, q = torch.randn(2, 5, 7, device=device).unbind()
     expected = run(token_kl, p, q, torch.ones(5, 7, device=device), "k3")

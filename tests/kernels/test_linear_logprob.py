@@ -10,6 +10,7 @@ from torch import Tensor
 from tests.forked_world import run_world
 from tests.kernels.callers import SHARDS, laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
+from tests.products import Products, assert_aligned
 from tetrad.kernels import linear_logprob, reference
 from tetrad.kernels.linear_logprob import linear_token_logprobs
 
@@ -49,11 +50,19 @@ def plain(hidden: Tensor, weight: Tensor, tokens: Tensor, *, bias=None, **option
     return reference.token_logprobs(logits, tokens, **options)
 
 
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch) -> None:
+    """Without a gradient `_fused` runs, however many rows there are."""
+    monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 10**6)
+
+
 @pytest.fixture(params=["whole", "pieces"])
 def pieces(request, monkeypatch) -> Iterator[None]:
-    """At once, and in pieces that divide neither the rows nor the columns."""
+    """At once, and in pieces that divide neither the rows nor the columns, then also without a
+    gradient."""
     if request.param == "pieces":
         monkeypatch.setattr(linear_logprob, "CHUNK_BYTES", 4 * 999)
+        monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 0)
     yield
 
 
@@ -72,7 +81,7 @@ def test_as_exact_as_pytorch(dtype, save_logits, pieces, device, assert_as_exact
 
 @DTYPES
 @pytest.mark.parametrize("N, V, d", [(1, 1, 1), (0, 7, 8), (5, 1000, 33), (130, 129, 64)], ids=str)
-def test_without_a_gradient(N, V, d, dtype, device, assert_as_exact) -> None:
+def test_without_a_gradient(N, V, d, dtype, pieces, device, assert_as_exact) -> None:
     """One column; no row; an odd depth; 130 rows and 129 columns reach into second tiles."""
     hidden, weight, bias, tokens = inputs(N, V, d, device, dtype)
     temperature = torch.rand(N, device=device) + 0.5
@@ -205,8 +214,21 @@ def test_closer_to_the_truth_than_pytorch(device) -> None:
     assert (ours[0] - truth[0]).abs().max() < 0.01 * (theirs[0] - truth[0]).abs().max()
 
 
+def test_many_rows_have_the_same_bits_with_a_gradient_and_without(device, monkeypatch) -> None:
+    """Log-probs that are scored and then learned from, in the same batch: a ratio of exactly 1."""
+    hidden, weight, bias, tokens = inputs(9, 300, 16, device, torch.bfloat16)
+    learned = linear_token_logprobs(hidden.requires_grad_(), weight, tokens, bias=bias)
+    with torch.no_grad():
+        few = linear_token_logprobs(hidden, weight, tokens, bias=bias)
+        monkeypatch.setattr(linear_logprob, "FUSED_ROWS", 8)
+        with Traffic() as traffic:
+            many = linear_token_logprobs(hidden, weight, tokens, bias=bias)
+    assert torch.equal(many, learned.detach()) and "_fused" not in traffic.launches
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_run(device) -> None:
-    """Without a gradient: one kernel, and no library that chooses its tiles by the batch."""
+    """Few rows without a gradient: one kernel, and no library that chooses tiles by the batch."""
     hidden, weight, _, tokens = inputs(150, 300, 32, device, torch.bfloat16)
     batch, again = (linear_token_logprobs(hidden, weight, tokens) for _ in range(2))
     assert torch.equal(batch, again)
@@ -266,11 +288,22 @@ def test_replays_from_a_cuda_graph(device) -> None:
 def test_only_the_gradients_that_are_asked_for(device) -> None:
     hidden, weight, _, tokens = inputs(5, 40, 8, device)
     hidden.requires_grad_()
-    linear_token_logprobs(hidden, weight, tokens).sum().backward()
     expected = run(linear_token_logprobs, hidden, weight, None, tokens)
-    with mock.patch.object(linear_logprob.torch, "mm", side_effect=AssertionError("dweight")):
+    with Products() as products:
         linear_token_logprobs(hidden, weight, tokens).sum().backward()
     assert expected[2].shape == hidden.grad.shape and weight.grad is None
+    assert not [p for p in products.seen if p.out.shape == weight.shape]
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+def test_rows_of_all_products_are_aligned(save_logits, pieces, device) -> None:
+    """301 columns, a multiple of nothing, in pieces too, forward and backward. In fp32: to multiply
+    bf16 into fp32 a CPU converts the operands, and so lays them out anew."""
+    hidden, weight, bias, tokens = inputs(20, 301, 16, device)
+    with Products() as products:
+        run(linear_token_logprobs, hidden, weight, bias, tokens, save_logits=save_logits)
+    assert_aligned(products.seen)
+    assert len(products.seen) >= 4 - save_logits
 
 
 @pytest.mark.filterwarnings("ignore:.*aot_eager.*")

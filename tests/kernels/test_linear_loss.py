@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.forked_world import run_world
 from tests.kernels.callers import SHARDS, no_host_sync, replayed
 from tests.kernels.test_linear_logprob import inputs
-from tetrad.kernels import linear_logprob, linear_loss, reference
+from tests.products import Products, assert_aligned, of_size
+from tetrad.kernels import launch, linear_loss, reference
 from tetrad.kernels.linear_loss import linear_cross_entropy, linear_policy_loss
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -212,6 +214,106 @@ def test_parts_of_a_batch_add_up(device) -> None:
     torch.testing.assert_close(halves[0][2] + halves[1][2], whole[2], rtol=1e-5, atol=1e-6)
 
 
+def of_both_losses(
+    module, arguments: dict[str, Tensor], buffer: Tensor | None, coef: float
+) -> list[Tensor]:
+    """Both losses and the gradients of loss + coef * cross-entropy, of which that of weight is
+    added to the buffer, if there is one."""
+    leaves = {k: arguments[k].detach().clone().requires_grad_() for k in ("hidden", "weight")}
+    shared = arguments | leaves
+    into = {} if buffer is None else {"weight_grad": buffer}
+    loss, _ = module.linear_policy_loss(**shared, denominator=9, **into)
+    into = into and into | {"upstream": coef}
+    names = ("hidden", "weight", "bias", "tokens")
+    text = {k: shared[k] for k in names if k in shared}
+    nats = module.linear_cross_entropy(**text, denominator=7, **into)
+    (loss + coef * nats).backward()
+    if buffer is not None:
+        assert leaves["weight"].grad is None
+    made = leaves["weight"].grad if buffer is None else buffer
+    return [loss.detach(), nats.detach(), leaves["hidden"].grad, made]
+
+
+@DTYPES
+@IMPLEMENTATIONS
+def test_two_losses_add_the_gradient_of_weight_to_one_buffer(
+    module, dtype, pieces, device, assert_as_exact
+) -> None:
+    """To what is there, in rows that the weight has; those beyond it are not touched."""
+    arguments = episodes((12,), 130, 16, device, dtype)
+    held = torch.randn(140, 16, device=device)
+    held[130:] = torch.nan
+    buffer = held.clone()
+    *ours, made = of_both_losses(module, arguments, buffer, 0.3)
+    theirs = of_both_losses(reference, arguments, None, 0.3)
+    truth = of_both_losses(reference, wide(arguments), None, 0.3)
+    assert made[130:].isnan().all()
+    ours.append((made - held)[:130].to(dtype))
+    for x, y, z in zip(ours, theirs, truth, strict=True):
+        assert_as_exact(x, y, z)
+
+
+def test_a_broken_promise_of_the_upstream_gradient_leaves_no_gradient(device) -> None:
+    arguments = episodes((12,), 40, 8, device)
+    for upstream, broken in (0.3, False), (0.25, True):
+        hidden = arguments["hidden"].clone().requires_grad_()
+        loss, _ = linear_policy_loss(
+            **arguments | {"hidden": hidden}, denominator=9, upstream=upstream,
+            weight_grad=torch.zeros(40, 8, device=device),
+        )  # fmt: skip
+        (0.3 * loss).backward()
+        assert hidden.grad.isnan().all() == broken and hidden.grad.isfinite().all() != broken
+
+
+def test_without_a_gradient_nothing_is_added(device) -> None:
+    arguments = episodes((12,), 40, 8, device)
+    buffer = torch.zeros(40, 8, device=device)
+    with torch.no_grad():
+        for module in linear_loss, reference:
+            module.linear_policy_loss(**arguments, denominator=9, weight_grad=buffer)
+    assert (buffer == 0).all()
+
+
+class Touched(TorchDispatchMode):
+    """Names of the operators that read or write n bytes or more, but for those of `constant`."""
+
+    MOVE_NOTHING = {"empty", "empty_like", "new_empty", "detach", "t", "view", "slice", "transpose"}
+
+    def __init__(self, n: int, constant: Tensor) -> None:
+        super().__init__()
+        self.n, self.constant, self.names = n, constant, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [x for x in (*args, *(kwargs or {}).values(), out) if isinstance(x, Tensor)]
+        large = [x for x in tensors if x.nbytes >= self.n]
+        if any(x.data_ptr() != self.constant.data_ptr() for x in large):
+            self.names += [] if name in self.MOVE_NOTHING else [name]
+        return out
+
+
+@pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
+@pytest.mark.parametrize("into_buffer", [False, True])
+def test_the_gradient_of_weight_is_touched_once_a_piece(
+    f, into_buffer, device, monkeypatch
+) -> None:
+    """Written by the first product, or added to the buffer; no zeros, and no pass over it after the
+    last product but the one that makes the gradient that autograd asks for."""
+    monkeypatch.setattr(linear_loss, "ROWS", 5)
+    monkeypatch.setattr(launch, "is_in_torch_dispatch_mode", lambda: False)
+    arguments = episodes((12,), 40, 16, device)
+    del arguments["bias"]
+    if f is linear_cross_entropy:
+        arguments = {k: arguments[k] for k in ("hidden", "weight", "tokens")}
+    leaves = {k: arguments[k].requires_grad_() for k in ("hidden", "weight")}
+    into = {"weight_grad": torch.zeros(40, 16, device=device)} if into_buffer else {}
+    with Touched(4 * 40 * 16, leaves["weight"]) as touched:
+        loss = f(**arguments, denominator=9, **into)
+        (loss[0] if isinstance(loss, tuple) else loss).backward()
+    assert touched.names == (["addmm_"] * 3 if into_buffer else ["mm", "addmm_", "addmm_", "mul"])
+
+
 @pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
 def test_a_loss_scale_does_not_meet_the_range_of_fp16(f, device) -> None:
     """2^31 / 4096 is no fp16, nor is a probability over 4096; their product with a sum is."""
@@ -239,6 +341,7 @@ def test_never_waits_for_the_device(device) -> None:
     with no_host_sync():
         run(linear_policy_loss, arguments, aggregation="sequence-mean", cu_seqlens=bounds)
         run(linear_cross_entropy, {k: arguments[k] for k in names})
+        of_both_losses(linear_loss, arguments, torch.zeros(40, 8, device=device), 0.3)
 
 
 def test_replays_from_a_cuda_graph(device) -> None:
@@ -258,13 +361,16 @@ def test_replays_from_a_cuda_graph(device) -> None:
         assert torch.equal(x, y)
 
 
-def test_three_products(device) -> None:
-    """Of the size of the vocabulary, forward and backward together."""
-    arguments = episodes((12,), 40, 8, device)
-    with mock.patch.object(linear_loss, "add_product", wraps=linear_loss.add_product) as ours:
-        with mock.patch.object(linear_logprob, "matmul", wraps=linear_logprob.matmul) as logits:
-            run(linear_policy_loss, arguments)
-    assert ours.call_count == 2 and logits.call_count == 1
+@pytest.mark.parametrize("f", [linear_policy_loss, linear_cross_entropy])
+def test_three_products_with_aligned_rows(f, pieces, device) -> None:
+    """For each piece, forward and backward together; 301 columns are a multiple of nothing."""
+    arguments = episodes((12,), 301, 8, device)
+    if f is linear_cross_entropy:
+        arguments = {k: arguments[k] for k in ("hidden", "weight", "bias", "tokens")}
+    with Products() as products:
+        run(f, arguments)
+    assert len(of_size(products.seen, 301)) == 3 * -(-12 // linear_loss.ROWS)
+    assert_aligned(products.seen)
 
 
 @pytest.mark.filterwarnings("ignore:.*aot_eager.*")
@@ -301,6 +407,13 @@ def test_vocabulary_split_over_ranks(ranks, device, assert_as_exact) -> None:
             outputs, _ = run(
                 linear_policy_loss, mine, vocab_start=start, vocab_size=45, group=dist.group.WORLD
             )
+            hidden, buffer = mine["hidden"].requires_grad_(), torch.zeros_like(mine["weight"])
+            loss, _ = linear_policy_loss(
+                **mine, vocab_start=start, vocab_size=45, group=dist.group.WORLD,
+                denominator=float(mine["mask"].sum()), weight_grad=buffer, upstream=3.0,
+            )  # fmt: skip
+            (3 * loss).backward()
+        torch.testing.assert_close([hidden.grad, buffer], outputs[1:3], rtol=1e-5, atol=1e-6)
         return [x.tolist() for x in outputs]
 
     results = [[torch.tensor(y) for y in outputs] for outputs in run_world(ranks, rank)]
@@ -309,3 +422,36 @@ def test_vocabulary_split_over_ranks(ranks, device, assert_as_exact) -> None:
     shards = [torch.cat([result[i] for result in results]) for i in (2, 3)]
     for outputs in zip([*results[0][:2], *shards], theirs, truth, strict=True):
         assert_as_exact(*outputs)
+
+
+BAD = {
+    "upstream is inf": {"upstream": math.inf},
+    "upstream is 2; without weight_grad": {"upstream": 2, "weight_grad": None},
+    r"weight_grad has shape \(4, 4\)": {"weight_grad": torch.zeros(4, 4)},
+    r"weight_grad has shape \(6, 4\), strides \(1, 6\)": {"weight_grad": torch.zeros(4, 6).t()},
+    "weight_grad is torch.float64": {"weight_grad": torch.zeros(5, 4, dtype=torch.float64)},
+    "denominator is None; with weight_grad": {"denominator": None},
+    "hidden requires no gradient": {"hidden": torch.zeros(2, 4)},
+}
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("message", BAD)
+def test_bad_buffers_are_refused(module, message) -> None:
+    good = {
+        "hidden": torch.zeros(2, 4, requires_grad=True),
+        "weight": torch.zeros(5, 4),
+        "tokens": torch.zeros(2, dtype=torch.long),
+        "denominator": 2,
+        "weight_grad": torch.zeros(5, 4),
+    }
+    with pytest.raises(ValueError, match=message):
+        module.linear_cross_entropy(**good | BAD[message])
+
+
+def test_a_compiled_call_refuses_a_buffer(device) -> None:
+    hidden, weight, _, tokens = inputs(5, 40, 8, device)
+    arguments = {"denominator": 9, "weight_grad": torch.zeros(40, 8, device=device)}
+    loss = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="torch.compile does not see that it changes"):
+        loss(hidden.requires_grad_(), weight, tokens, **arguments)

@@ -319,8 +319,12 @@ def test_closer_to_the_truth_than_pytorch(device) -> None:
     plain = run(lambda x: x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], logits)
     truth = run(lambda x: x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0], logits.double())
     for x, y, z in zip(ours, plain, truth):
-        assert (x - z).abs().max() < (y - z).abs().max()
         assert (x - z).abs().mean() < (y - z).abs().mean()
+    errors = [(x - z).abs().max() for x, z in zip(ours, truth)]
+    plainly = [(y - z).abs().max() for y, z in zip(plain, truth)]
+    assert errors[0] < plainly[0]
+    # the gradient is rounded to bf16 at the end: half a unit of its largest element errs alike
+    assert errors[1] <= plainly[1]
 
 
 def test_invariants(device) -> None:

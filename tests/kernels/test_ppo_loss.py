@@ -7,9 +7,16 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
+from tests.kernels.callers import (
+    LAYOUTS,
+    compiled,
+    laid_out,
+    launches,
+    no_host_sync,
+    replayed,
+)
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import ppo_loss, reference
+from tetrad.kernels import launch, ppo_loss, reference
 from tetrad.kernels.ppo_loss import policy_loss, value_loss
 
 BOTH = pytest.mark.parametrize("ops", [ppo_loss, reference], ids=["kernel", "reference"])
@@ -145,7 +152,7 @@ def test_any_call(data, name, device, assert_as_exact) -> None:
         with Traffic(order=np.random.default_rng(0).permutation) as traffic:
             shuffled = run(kernel, *inputs, typed, **options)
         assert all(torch.equal(shuffled[key], got[key]) for key in got)
-        assert len(traffic.launches) == 1
+        assert traffic.launches == [f"_{name.removesuffix('_loss')}", "_scale"][: 1 + (B * T > 0)]
 
     if n is not None:
         halves = [
@@ -223,13 +230,30 @@ def test_nothing_masked_is_read_and_runs_repeat(name, aggregation, device) -> No
         assert all(torch.equal(got[key], expected[key]) for key in expected)
 
 
+@BOTH
 @LOSSES
-def test_a_valid_nan_shows(name, device) -> None:
-    """Also where a clip would swallow it: in the old values, in the ratio."""
+def test_a_valid_nan_shows(ops, name, device) -> None:
+    """Also where a clip, a clamp or a maximum would swallow it: in the old values, in the ratio."""
     for i in range(3):
         *inputs, mask = batch(2, 5, device)
         inputs[i][0, 2] = torch.nan
-        assert getattr(ppo_loss, name)(*inputs, mask)[0].isnan()
+        got = run(getattr(ops, name), *inputs, mask)
+        assert got["loss"].isnan() and got["gradient"][0, 2].isnan()
+        assert got["gradient"].isnan().sum() == 1
+        if name == "policy_loss":
+            assert got["ratio_max"].isnan() == (i < 2)
+
+
+@BOTH
+def test_log_probs_of_minus_infinity_are_held_like_any_other(ops, device) -> None:
+    """20 nats from the old policy: approx_kl is e^d - 1 - d of that, no gradient."""
+    x = torch.tensor([-math.inf, -1.0, 0.0], device=device)
+    old = torch.tensor([-1.0, -math.inf, 1e10], device=device)
+    for i, d in (0, -20), (1, 20), (2, -20):
+        A, mask = -torch.ones(1, device=device), torch.ones(1, device=device)
+        got = run(ops.policy_loss, x[i : i + 1], old[i : i + 1], A, mask)
+        assert got["approx_kl"].item() == pytest.approx(math.expm1(d) - d)
+        assert got["loss"].item() == pytest.approx(max(math.exp(d), 0.8)) and got["gradient"] == 0
 
 
 @AGGREGATIONS
@@ -282,6 +306,68 @@ def test_bytes_per_token_in_one_launch(name, aggregation, least, device) -> None
     assert least - 4 <= per_token < least - 4 + 0.2  # without the gradient
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@LOSSES
+def test_two_launches_forward_and_backward_together(name, dtype, device) -> None:
+    """No fill of the counter, which the last program resets, and no product by PyTorch."""
+    if device != "cpu":
+        pytest.skip("launches are counted in the interpreter")
+    x, *inputs = (y.to(dtype) for y in batch(3, 600, device)[:3])
+    mask, upstream = torch.ones(3, 600), torch.tensor(3.0, dtype=launch.real_dtype(x))
+    x.requires_grad_()
+    loss_of = getattr(ppo_loss, name)
+    loss_of(x, *inputs, mask)  # the first call on a stream makes its counter
+    with launches() as seen:
+        loss, _ = loss_of(x, *inputs, mask)
+        torch.autograd.grad(loss, x, upstream)
+    assert seen == [f"_{name.removesuffix('_loss')}", "_scale"]
+
+
+def test_a_call_by_the_dispatcher_fills_a_counter_of_its_own(device) -> None:
+    """A graph's memory may hold something else between two replays."""
+    if device != "cpu":
+        pytest.skip("launches are counted in the interpreter")
+    inputs = batch(3, 60, device)
+    f = compiled(lambda *inputs: policy_loss(*inputs)[0])
+    expected = f(*inputs)
+    with launches() as seen:
+        got = f(*inputs)
+    assert torch.equal(got, expected)
+    assert seen[0] == "_policy" and "zeros" in seen
+    with launches() as seen:
+        got, _ = policy_loss(*inputs)
+    assert torch.equal(got, expected)
+    assert seen == ["_policy"]
+
+
+@LOSSES
+def test_an_interrupted_launch_leaves_nothing_behind(name, device) -> None:
+    if device != "cpu":
+        pytest.skip("a launch is interrupted in the interpreter")
+    inputs = batch(3, 1500, device)
+    loss_of = getattr(ppo_loss, name)
+    expected = run(loss_of, *inputs)
+
+    class Interrupted(list):
+        def __getitem__(self, place):
+            if place == 4:  # of nine programs
+                raise KeyboardInterrupt
+            return super().__getitem__(place)
+
+    with pytest.raises(KeyboardInterrupt), Traffic(order=lambda n: Interrupted(range(n))):
+        loss_of(*inputs)
+    got = run(loss_of, *inputs)
+    assert all(torch.equal(got[key], expected[key]) for key in expected)
+
+
+def test_a_counter_is_used_by_one_launch_at_a_time(device) -> None:
+    device = torch.empty(0, device=device).device
+    with launch.ticket(device) as first, launch.ticket(device) as second:
+        assert first is not second and first == 0 and second == 0
+    with launch.ticket(device) as again:
+        assert again is first
+
+
 def calls(x: Tensor, old: Tensor, target: Tensor, mask: Tensor, n: Tensor) -> tuple[Tensor, ...]:
     """Both losses, padded and packed, with the gradient of their sum."""
     bounds = torch.tensor([0, 40, 40, x.numel()], device=x.device).int()
@@ -326,7 +412,7 @@ def test_registered_as_pytorch_asks(name, device) -> None:
     clip = (0.2, 2.0) if name == "policy_loss" else (0.2,)
     for n, wanted, aggregation in (None, True, "token-mean"), (mask.sum(), False, "sequence-mean"):
         torch.library.opcheck(
-            getattr(ppo_loss, f"_{name}").registered,
+            getattr(ppo_loss, f"{name}_and_gradient").registered,
             (x.requires_grad_(wanted), old, target, wanted, mask.mT.contiguous().mT, None, 0.0, n,
              aggregation, *clip),
         )  # fmt: skip
@@ -355,6 +441,35 @@ def test_in_a_cuda_graph(device) -> None:
         assert torch.equal(got, y)
 
 
+@LOSSES
+def test_counters_of_streams_and_graphs_are_their_own(name, device) -> None:
+    """Replayed and called on two streams at once: a counter that two shared would lose its last
+    program, and with it the loss."""
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    x, old, target, mask = batch(64, 4096, device)
+
+    def loss_of(x: Tensor, old: Tensor, target: Tensor) -> tuple[Tensor]:
+        return (getattr(ppo_loss, name)(x, old, target, mask)[0],)
+
+    (expected,) = loss_of(x, old, target)
+    graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(2)]
+    with torch.cuda.graph(graph):
+        (replay,) = loss_of(x, old, target)
+    torch.cuda.synchronize()
+    eager = []
+    for _ in range(200):
+        replay.fill_(torch.nan)
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                eager += loss_of(x, old, target)
+        graph.replay()
+        eager += [*loss_of(x, old, target), replay.clone()]
+    torch.cuda.synchronize()
+    assert (torch.stack(eager) == expected).all()
+
+
 def test_statistics_may_change_in_place_before_backward(device) -> None:
     *inputs, mask = batch(2, 5, device)
     expected = run(policy_loss, *inputs, mask)["gradient"]
@@ -379,6 +494,9 @@ def test_refusals(ops, device) -> None:
     refused("dual_clip is 1", ops.policy_loss, x, x, x, x, dual_clip=1)
     refused("aggregation is 'mean'", ops.value_loss, x, x, x, x, aggregation="mean")
     refused("denominator is 0", ops.value_loss, x, x, x, x, denominator=0)
+    for n in 0.0, -1.0, torch.nan:  # read on the CPU alone
+        message = f"denominator holds {n}; it must be positive"
+        refused(message, ops.value_loss, x, x, x, x, denominator=torch.tensor(n))
     refused(r"returns has shape \(3,\)", ops.value_loss, x, x, x[0], x)
     flat = x[0]
     refused("without cu_seqlens", ops.policy_loss, flat, flat, flat, flat,

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -6,9 +7,16 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from tests.kernels.callers import LAYOUTS, compiled, laid_out, no_host_sync, replayed
+from tests.kernels.callers import (
+    LAYOUTS,
+    compiled,
+    laid_out,
+    launches,
+    no_host_sync,
+    replayed,
+)
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import ranking, reference
+from tetrad.kernels import check, ranking, reference
 from tetrad.kernels.ranking import ranking_loss
 
 BOTH = pytest.mark.parametrize("ops", [ranking, reference], ids=["kernel", "reference"])
@@ -81,7 +89,7 @@ def test_any_call(data, device, assert_as_exact) -> None:
         with Traffic(order=np.random.default_rng(0).permutation) as traffic:
             shuffled = run(ranking_loss, scores, ranks, cu, denominator=n)
         assert all(torch.equal(x, y) for x, y in zip(shuffled, got, strict=True))
-        assert len(traffic.launches) == 1
+        assert traffic.launches == ["_ranking", "_scale"][: 1 + (sum(K) > 0)]
     if n is not None:
         cut = sum(K[:2])
         parts = [
@@ -113,11 +121,23 @@ def test_bytes_per_completion_in_one_launch(device) -> None:
     with Traffic() as traffic:
         ranking_loss(scores, ranks, cu)
     least = 28 * sum(K) + 16 * (8 + 24)  # a program each: its bounds, its parts there and back
-    assert least <= traffic.bytes_read + traffic.bytes_written <= least + 16 * 8 + 12
+    assert least <= traffic.bytes_read + traffic.bytes_written <= least + 16 * 8 + 16
     assert len(traffic.launches) == 1
     with Traffic() as without_gradient, torch.no_grad():
         ranking_loss(scores, ranks, cu)
     assert without_gradient.bytes_written == traffic.bytes_written - 4 * sum(K)
+
+
+def test_two_launches_forward_and_backward_together(device) -> None:
+    if device != "cpu":
+        pytest.skip("launches are counted in the interpreter")
+    scores, ranks = torch.randn(12, requires_grad=True), torch.randint(1, 5, (12,))
+    cu, upstream = bounds(4, 8, device=device), torch.tensor(3.0)
+    ranking_loss(scores, ranks, cu)  # the first call on a stream makes its counter
+    with launches() as seen, mock.patch.object(check, "check_bounds"):  # reads them, on the CPU
+        loss, _ = ranking_loss(scores, ranks, cu)
+        torch.autograd.grad(loss, scores, upstream)
+    assert seen == ["_ranking", "_scale"]
 
 
 def test_compiles_into_one_graph(device) -> None:
@@ -135,6 +155,19 @@ def test_compiles_into_one_graph(device) -> None:
         traced = run(compiled(loss_of), scores)
         for x, y, z in zip(expected, again, traced, strict=True):
             assert torch.equal(x, y) and torch.equal(x, z)
+
+
+@pytest.mark.parametrize("K", [(4, 0, 8), (1,), ()], ids=str)
+def test_the_reference_compiles_into_one_graph(K, monkeypatch) -> None:
+    """Where a CPU's tensors are not interpreted. Its pairs are filled up to as many as can be."""
+    monkeypatch.setattr("tetrad.kernels.launch.INTERPRETED", False)
+    scores, ranks = torch.randn(sum(K)), torch.randint(1, 4, (sum(K),))
+    cu = bounds(*K, device="cpu")
+    for n in None, 3.0, torch.tensor(3):
+        expected = run(ranking_loss, scores, ranks, cu, denominator=n)
+        traced = run(compiled(ranking_loss), scores, ranks, cu, denominator=n)
+        for x, y in zip(traced, expected, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_registered_as_pytorch_asks(device) -> None:
@@ -214,6 +247,9 @@ def test_refusals(ops, device) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             ops.ranking_loss(*args)
+    cu = bounds(3, device=device)
+    with pytest.raises(ValueError, match="denominator holds 0; it must be positive"):
+        ops.ranking_loss(scores, ranks, cu, denominator=torch.tensor(0))
     if device == "cpu":  # on a GPU the content of the bounds is trusted
         with pytest.raises(ValueError, match="cu_prompts must rise from 0 to 3"):
             ops.ranking_loss(scores, ranks, bounds(2, device=device))

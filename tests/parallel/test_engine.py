@@ -10,6 +10,7 @@ from tests.parallel.tiny import (
     tiny_engine,
     train_step,
 )
+from tetrad.parallel.engine import Engine
 from tetrad.parallel.packed import pack
 from tetrad.parallel.settings import Architecture, Layout
 
@@ -147,6 +148,49 @@ def test_bf16_follows_fp32_within_its_precision() -> None:
     exact = [h[0] for h in run_world(1, read_and_train, Layout(), "language", {})[0][1]]
     for losses in (*run_world(1, bf16_loss, Layout()), *run_world(2, bf16_loss, Layout(tp=2))):
         assert losses == pytest.approx(exact, rel=0.01)
+
+
+def two_losses(layout, shape, options, by_autograd):
+    """Two steps on PPO's loss and a pretraining loss with a coefficient, in micro-batches: norms,
+    statistics, weights. by_autograd: the unembedding's gradient made by backward, as any other."""
+    if by_autograd:
+        Engine._into_main_grad = lambda *_: {}
+    engine = tiny_engine("language", layout, microbatch_tokens=25, **options, **shape)
+    batch, text = ragged_batch(), pack(random_tokens(8, (4,) * 2), random_tokens(9, (6, 9)))
+    seen = []
+    for _ in range(2):
+        old = engine.logprobs(batch)
+        batch.per_token |= {"old_logprobs": old, "advantages": torch.linspace(-1, 1, len(old))}
+        stats = engine.accumulate_policy_loss(
+            batch, denominator=batch.counted, clip_range=0.2, more=True
+        )
+        more = engine.accumulate_cross_entropy(text, denominator=text.counted, coef=0.3)
+        seen += [*stats.values(), *more.values(), engine.step()["grad_norm"]]
+    engine.optimizer.sync()
+    return torch.tensor(seen), [p.detach().clone() for c in engine.cores for p in c.parameters()]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "world, layout, options",
+    [
+        (1, Layout(), {}),
+        (1, Layout(), {"precision": "bf16"}),
+        (2, Layout(pp=2), {"overlap": True}),  # tied: the last stage has a copy of the embedding
+        (2, Layout(pp=2, vpp=2), {"overlap": True}),
+        (4, Layout(tp=2), {"overlap": True, "precision": "bf16"}),
+        (8, Layout(), {"overlap": True}),  # most have but a dummy micro-batch of the text
+    ],
+    ids=str,
+)
+def test_a_head_that_adds_to_the_sum_itself_changes_nothing(world, layout, options, tied) -> None:
+    """Neither does it lose the gradient of a tied embedding that comes from looking tokens up."""
+    shape = {"tie_embeddings": tied}
+    ours = run_world(world, two_losses, layout, shape, options, False)
+    theirs = run_world(world, two_losses, layout, shape, options, True)
+    # autograd would round the unembedding's gradient to bf16
+    close = {"atol": 3e-3, "rtol": 3e-3} if "precision" in options else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(ours, theirs, **close)
 
 
 def refused(layout, shape):

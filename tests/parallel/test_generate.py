@@ -3,6 +3,7 @@ import torch
 
 from tests.forked_world import run_world
 from tests.parallel.tiny import LAYOUTS, random_tokens, tiny_engine
+from tests.products import Products, assert_aligned, of_size
 from tetrad.parallel.generate import generate
 from tetrad.parallel.packed import pack
 from tetrad.parallel.settings import Layout
@@ -37,6 +38,22 @@ def test_rows_sampled_apart_are_the_same() -> None:
     assert (
         run_world(1, sample, Layout(), {}, 0.8, 2)[0][0] == run_world(1, sample, Layout(), {})[0][0]
     )
+
+
+def decode_with_gpt2_vocabulary(layout):
+    """Products of the size of the vocabulary, and the steps in which they were made."""
+    engine = tiny_engine("language", layout, vocab_size=50257, num_layers=2)
+    with Products() as products:
+        samples = generate(engine, random_tokens(5), max_new=4, eos_id=50256)
+    heads = of_size(products.seen, 50257 // layout.tp)
+    assert_aligned(heads)
+    return len(heads), max(map(len, samples.responses))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_step_multiplies_by_the_head_once_in_aligned_rows(tp) -> None:
+    for products, steps in run_world(tp, decode_with_gpt2_vocabulary, Layout(tp=tp)):
+        assert products == steps
 
 
 def greedy():

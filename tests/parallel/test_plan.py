@@ -15,6 +15,7 @@ from tests.forked_world import run_world
 from tests.parallel.tiny import SHAPE, memory
 from tetrad.parallel.packed import pack
 from tetrad.parallel.plan import (
+    CHUNK_BYTES,
     LOSS_ROWS,
     Role,
     Run,
@@ -343,10 +344,10 @@ def test_a_plan_needs_neither_torch_nor_megatron() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_rows_of_the_loss_are_those_of_its_kernel() -> None:
-    from tetrad.kernels.linear_loss import ROWS
+def test_pieces_are_those_of_the_kernels() -> None:
+    from tetrad.kernels import linear_logprob, linear_loss
 
-    assert LOSS_ROWS == ROWS
+    assert LOSS_ROWS == linear_loss.ROWS and CHUNK_BYTES == linear_logprob.CHUNK_BYTES
 
 
 def test_colocation_allocates_what_was_planned() -> None:

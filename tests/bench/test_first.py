@@ -1,0 +1,232 @@
+"""The first run on a GPU: every suspicion fails on its fault, and what hangs costs its own time."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bench import first, suspicions
+from bench.rows import MARK, READY
+from bench.suspicions import SUSPICIONS, answer
+from tetrad.kernels import linear_logprob, linear_loss, ppo_loss
+from tetrad.parallel import device
+
+device.install()  # before anything imports megatron.core
+
+from tetrad.parallel import attention, colocate, engine, topology  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def groups_end():
+    yield
+    topology.shutdown()
+
+
+def rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a.bfloat16() @ b.bfloat16()).float()
+
+
+def as_on_a_gpu(patch: Patch, milliseconds: Callable[[Callable], float]) -> None:
+    """The question is asked, and a clock says what it is told to."""
+    patch.setattr(suspicions, "CUDA", True)
+    patch.setattr(suspicions, "milliseconds", milliseconds)
+
+
+def forgetful(op: Callable) -> Callable:
+    """An op whose sums come in another order at each call."""
+
+    def noisy(*args, **kwargs):
+        loss, stats = op(*args, **kwargs)
+        return loss * (1 + 1e-6 * torch.rand(())), stats
+
+    return noisy
+
+
+def slow_where_odd(patch: Patch) -> None:
+    times = iter([2.0, 1.0])
+    as_on_a_gpu(patch, lambda call: next(times, 1.0))
+
+
+def graph_that_forgets(patch: Patch) -> None:
+    """A replay that computes nothing."""
+
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    patch.setattr(suspicions, "CUDA", True)
+    for name, stand_in in {
+        "Stream": lambda: None, "synchronize": lambda: None, "CUDAGraph": Graph,
+        "stream": contextlib.nullcontext, "graph": contextlib.nullcontext,
+    }.items():  # fmt: skip
+        patch.setattr(torch.cuda, name, stand_in)
+
+
+def another_score(patch: Patch) -> None:
+    logprobs = engine.Engine.logprobs
+    patch.setattr(engine.Engine, "logprobs", lambda *args: 1.1 * logprobs(*args))
+
+
+def blind_to_windows(patch: Patch) -> None:
+    patch.setattr(attention, "visible", lambda query, key, window: key <= query[..., None])
+
+
+def taken_for_cuda(patch: Patch) -> None:
+    patch.delattr(sys.modules["megatron.core.tensor_parallel.layers"], "_cpu_cuda")
+
+
+FAULTS: dict[str, Callable[[Patch], object]] = {
+    "product is added in place": lambda patch: patch.setattr(
+        linear_logprob, "add_product", lambda total, a, b: total.copy_(a.float() @ b.float())
+    ),
+    "product of no rows": lambda patch: patch.setattr(linear_logprob, "matmul", torch.mm),
+    "logits keep fp32": lambda patch: patch.setattr(linear_logprob, "matmul", rounded),
+    "fp32 is fp32": lambda patch: patch.setattr(linear_logprob, "matmul", rounded),
+    "packed attention": blind_to_windows,
+    # on a CPU there is no such kernel: PyTorch refuses, as it would where the mask is not taken
+    "cached attention has a fast kernel": lambda patch: as_on_a_gpu(patch, lambda call: 1.0),
+    "losses repeat to the bit": lambda patch: patch.setattr(
+        ppo_loss, "policy_loss", forgetful(ppo_loss.policy_loss)
+    ),
+    "ops replay in a graph": graph_that_forgets,
+    "one rank talks to itself": lambda patch: patch.setattr(
+        dist, "all_reduce", lambda x, *_, **__: x.mul_(2)
+    ),
+    "megatron is untouched": taken_for_cuda,
+    "samples agree with scores": another_score,
+    "sampling is cheap": lambda patch: as_on_a_gpu(patch, lambda call: 1.0),
+    "odd vocabulary is not slow": slow_where_odd,
+    "gradients repeat to the bit": lambda patch: patch.setattr(
+        linear_loss, "linear_policy_loss", forgetful(linear_loss.linear_policy_loss)
+    ),
+    "roles take turns": lambda patch: patch.setattr(colocate.Tenant, "_swap", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("name", SUSPICIONS)
+def test_a_suspicion_fails_on_its_fault(name, monkeypatch) -> None:
+    finding = answer(SUSPICIONS[name])
+    assert finding is None or finding.passed, finding
+    FAULTS[name](monkeypatch)
+    finding = answer(SUSPICIONS[name])
+    assert finding is not None and not finding.passed, finding
+
+
+class Stand_in:
+    """A section on a clock of its own."""
+
+    def __init__(self, name: str, tiny: bool) -> None:
+        self.name = name
+
+    def wait(self, end: float) -> bool:
+        NOW[0] += 3
+        return NOW[0] < end
+
+    def run(self, seconds: float, take: Callable[[str], None]) -> str:
+        record = {
+            "plan": [{"bench": self.name, "case": f"{self.name} {i}"} for i in "ab"],
+            "gpu": "a-gpu", "where": {"gpu": "A GPU"},
+        }  # fmt: skip
+        take(MARK + json.dumps(record))
+        take("what it prints besides")
+        row = {"case": f"{self.name} a", "provider": "ours", "ms": 1.0}
+        take(MARK + json.dumps({"bench": self.name, "row": row, "rates": {"copy_gb_s": 1.0}}))
+        if BEHAVIOUR.get(self.name) == "hangs":
+            NOW[0] += seconds + first.GRACE
+            return "out of time: ended"
+        if BEHAVIOUR.get(self.name) == "dies":
+            return "the process ended with -11"
+        NOW[0] += seconds
+        row = row | {"case": f"{self.name} b"}
+        take(MARK + json.dumps({"bench": self.name, "row": row, "rates": {}}))
+        return ""
+
+    def kill(self) -> None:
+        pass
+
+
+NOW = [0.0]
+BEHAVIOUR: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("behaviour", ["", "hangs", "dies"])
+@pytest.mark.parametrize("cores", [2, 16])
+def test_the_schedule_fits_whatever_a_section_does(
+    behaviour, cores, tmp_path, monkeypatch, capsys
+) -> None:
+    NOW[0] = 1000.0
+    BEHAVIOUR.clear()
+    BEHAVIOUR.update({"suspicions": behaviour, "decode": behaviour} if behaviour else {})
+    monkeypatch.setattr(first, "Process", Stand_in)
+    monkeypatch.setattr(first.time, "time", lambda: NOW[0])
+    monkeypatch.setattr(first.os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("COMMIT", "1a2b3c4")
+    with pytest.raises(SystemExit) as stop:
+        first.main(["--tiny", "--out", str(tmp_path)])
+    assert NOW[0] - 1000 <= first.LIMIT + first.GRACE
+    assert stop.value.code == (behaviour == "dies")  # time is an excuse, a crash is none
+    seen = capsys.readouterr().out
+    for name in first.SECTIONS:
+        content = json.loads((tmp_path / f"a-gpu/{name}.json").read_text())
+        assert content["where"] == {"gpu": "A GPU"} and content["rates"] == {"copy_gb_s": 1.0}
+        done, other = content["rows"]
+        assert done["ms"] == 1.0
+        missing = behaviour and name in ("suspicions", "decode")
+        assert ("not_measured" in other) == bool(missing)
+        assert (f"not measured: {name} b" in seen) == bool(missing)
+    with tarfile.open(tmp_path / "first.tar.gz") as tar:
+        names = {Path(name).name for name in tar.getnames()}
+    assert names == {*(f"{name}.json" for name in first.SECTIONS), "first.log"}
+
+
+def test_a_process_that_hangs_is_ended_and_one_that_fails_says_how(monkeypatch) -> None:
+    popen = subprocess.Popen
+
+    def process(code: str) -> first.Process:
+        monkeypatch.setattr(
+            first.subprocess, "Popen",
+            lambda command, **options: popen([sys.executable, "-u", "-c", code], **options),
+        )  # fmt: skip
+        return first.Process("rates", True)
+
+    monkeypatch.setattr(first, "GRACE", 0.5)
+    lines: list[str] = []
+    hangs = process(f"print({READY!r}, end=''); print(input()); import time; time.sleep(60)")
+    assert hangs.wait(time.time() + 10)
+    began = time.monotonic()
+    assert hangs.run(1, lines.append).startswith("out of time")
+    assert time.monotonic() - began < 5 and hangs.process.poll() is not None
+    assert float(lines[0]) > 0  # the time by which it should have ended
+    dies = process("raise SystemExit('no such thing')")
+    assert dies.wait(time.time() + 10)
+    assert dies.run(5, lines.append) == "the process ended with 1"
+    assert lines[1] == "no such thing"
+
+
+def test_a_section_tells_its_plan_and_every_row_of_it(tmp_path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.first", "--tiny", "--out", str(tmp_path), "--only", "rates"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (path,) = tmp_path.glob("*/first.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 4 and all(row["ms"] > 0 for row in rows)
+    assert all(row["case"] in done.stdout for row in rows)
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.first"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "no GPU on this machine" in done.stderr
