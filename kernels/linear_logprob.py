@@ -156,8 +156,7 @@ def _tile(hidden: Tensor, entropy: bool) -> dict[str, int]:
     d = hidden.shape[1]
     even = d % 16 == 0
     if hidden.dtype == torch.float32:  # no tensor cores without rounding to tf32
-        columns, stages = (64, 2) if even else (16, 1)
-        return {"ROWS": 64, "COLUMNS": columns, "DEPTH": 16, "num_stages": stages}
+        return {"ROWS": 64, "COLUMNS": 64 if even else 32, "DEPTH": 16, "num_stages": 2}
     if not even:
         return {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_stages": 3}
     interpreted = triton.knobs.runtime.interpret  # and there is no driver to ask

@@ -19,7 +19,7 @@ from tests.kernels import callers
 from tests.kernels.callers import LAYOUTS as MEMORY
 from tests.kernels.callers import laid_out, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
-from tetrad.kernels import exact_kl, launch, linear_logprob, logprob, reference
+from tetrad.kernels import exact_kl, launch, linear_logprob, linear_loss, logprob, reference
 from tetrad.kernels.logprob import token_logprobs
 
 IMPLEMENTATIONS = pytest.mark.parametrize(
@@ -392,6 +392,25 @@ def test_what_is_no_logit_reaches_the_linear_op(room, bad, device) -> None:
         assert y[0].isnan() and y[1] == 0
     assert hidden.grad[0].isnan().all() and (hidden.grad[1] == 0).all()
     assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("room", [linear_loss, reference], ids=["kernel", "reference"])
+def test_what_is_no_logit_reaches_the_policy_loss(room, advantage, bad, device) -> None:
+    """Neither side of the clip drops it."""
+    hidden = torch.randn(2, 8, device=device, requires_grad=True)
+    weight = torch.randn(40, 8, device=device, requires_grad=True)
+    bias = torch.zeros(40, device=device)
+    bias[5] = bad
+    loss, _ = room.linear_policy_loss(
+        hidden, weight, torch.tensor([6, 7], device=device), torch.zeros(2, device=device),
+        torch.full((2,), advantage, device=device), torch.tensor([True, False], device=device),
+        bias=bias,
+    )  # fmt: skip
+    loss.backward()
+    assert loss.isnan() and hidden.grad[0].isnan().all() and weight.grad.isnan().all()
+    assert (hidden.grad[1] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
