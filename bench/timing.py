@@ -71,7 +71,7 @@ def timed(once: Callable[[], object]) -> Row:
     while len(times) < calls:
         n = min(QUEUED, calls - len(times))
         events = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(n)]
-        torch.cuda._sleep(int(2e6 * min(QUEUED * each, LONGEST_SLEEP)))  # cycles, of 2 GHz
+        torch.cuda._sleep(int(2e6 * min(4 * QUEUED * each, LONGEST_SLEEP)))  # cycles, of 2 GHz
         for before, after in events:
             before.record()
             began = time.perf_counter()

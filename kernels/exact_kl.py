@@ -26,6 +26,7 @@ from tetrad.kernels.check import (
     check_exact_kl,
     check_linear_exact_kl,
     check_rows,
+    check_temperature,
 )
 from tetrad.kernels.launch import (
     all_gather,
@@ -377,6 +378,7 @@ def exact_kl(
             logits, ref_logits, temperature=temperature, vocab_size=vocab_size,
             vocab_start=vocab_start, group=group, mask=mask,
         )  # fmt: skip
+    check_temperature(temperature, mask)
     rows = logits[..., 0]
     kl, _ = _exact_kl(
         as_rows(logits), as_rows(ref_logits),
@@ -480,6 +482,7 @@ def linear_exact_kl(
         )  # fmt: skip
     rows = hidden[..., 0]
     check_rows(rows, mask, temperature, vocab_start, vocab_size)
+    check_temperature(temperature, mask)
     kl, _ = _linear_exact_kl(
         *(row_contiguous(x) for x in (hidden, weight, ref_hidden, ref_weight)),
         None if mask is None else mask.reshape(-1).contiguous(), *per_token(temperature, rows),

@@ -31,6 +31,7 @@ from tetrad.kernels.check import (
     check_denominator,
     check_linear,
     check_policy_loss,
+    check_temperature,
     check_tokens,
     check_vocabulary,
     check_weight_grad,
@@ -236,6 +237,7 @@ def linear_cross_entropy(
         return -logprobs.sum() / n
     check_tokens(tokens, hidden)
     check_vocabulary(tokens, temperature, vocab_start, vocab_size)
+    check_temperature(temperature, tokens, ignore_index)
     run: Callable = _linear_cross_entropy
     if weight_grad is not None:  # a registered op would have to say that it changes it
         run, weight = _linear_cross_entropy.eager, weight.detach()
@@ -371,6 +373,7 @@ def linear_policy_loss(
         )  # fmt: skip
     check_tokens(tokens, hidden)
     check_vocabulary(tokens, temperature, vocab_start, vocab_size)
+    check_temperature(temperature, mask)
     tokens = torch.where(mask != 0, tokens, IGNORED)
     if not wants_gradient(hidden, weight, bias):
         logprobs: Any = linear_token_logprobs(

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tetrad.kernels import reference
 from tetrad.kernels.check import (
+    check_temperature,
     check_token_logprobs,
 )
 from tetrad.kernels.launch import all_gather, group_name, op, row_block, runs_kernel
@@ -529,6 +530,7 @@ def token_logprobs(
             logits, tokens, temperature=temperature, entropy=entropy, ignore_index=ignore_index,
             vocab_start=vocab_start, vocab_size=vocab_size, group=group,
         )  # fmt: skip
+    check_temperature(temperature, tokens, ignore_index)
     logprobs, entropies, _ = _token_logprobs(
         as_rows(logits), tokens.reshape(-1).contiguous(), *per_token(temperature, tokens), entropy,
         ignore_index, vocab_start, columns_that_count(logits.shape[-1], vocab_start, vocab_size),

@@ -78,8 +78,8 @@ def of_size(products: list[Product], n: int) -> list[Product]:
 
 
 def assert_aligned(products: list[Product]) -> None:
-    """Rows of all operands and results start at multiples of 8 numbers, 16 bytes or more, and are so
-    long, but for the few numbers that are left over: what cuBLAS asks of its fast products."""
+    """Rows of all operands and results start at multiples of 8 numbers, 16 bytes or more, and are
+    so long, but for the few that are left over: what cuBLAS asks of its fast products."""
     assert products, "no product was recorded"
     for product in products:
         assert all(m.leading_dimension % 8 == 0 for m in product.matrices), product
