@@ -223,13 +223,12 @@ def _backward(
     wide = columns.to(tl.int64)
     t = tl.load(temperature + row) if PER_TOKEN else temperature
     dkl = tl.load(dkl_ptr + row)
-    live = dkl != 0
     if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + row) != 0)
+        dkl = tl.where(tl.load(mask_ptr + row) != 0, dkl, 0.0)
 
     logits_ptr += (row // inner * outer_stride + row % inner * inner_stride) * UNIT
     ref_ptr += (row // inner * ref_outer_stride + row % inner * ref_inner_stride) * UNIT
-    mask = (columns < V) & live
+    mask = columns < tl.where(dkl != 0, V, 0)  # a row without a gradient is not read
     x = tl.load(logits_ptr + wide * column_stride, mask=mask, other=-float("inf")).to(tl.float32)
     y = tl.load(ref_ptr + wide * ref_column_stride, mask=mask, other=-float("inf")).to(tl.float32)
     saved_ptr += row

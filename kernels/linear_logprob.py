@@ -23,7 +23,7 @@ Meaning: `reference.linear_token_logprobs`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.distributed as dist
@@ -39,7 +39,14 @@ from tetrad.kernels.check import (
     check_tokens,
     check_vocabulary,
 )
-from tetrad.kernels.launch import all_reduce, group_name, op, runs_kernel, wants_gradient
+from tetrad.kernels.launch import (
+    INTERPRETED,
+    all_reduce,
+    group_name,
+    op,
+    runs_kernel,
+    wants_gradient,
+)
 from tetrad.kernels.logprob import (
     LOG2E,
     columns_that_count,
@@ -165,6 +172,27 @@ def _tile(hidden: Tensor, entropy: bool) -> dict[str, int]:
         columns, stages = (128, 4) if entropy else (256, 3)
         return {"ROWS": 128, "COLUMNS": columns, "DEPTH": 64, "num_stages": stages}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_stages": 3}
+
+
+@triton.jit
+def _sixteens(
+    out_ptr,  # (16, 16) fp32, out
+    DTYPE: tl.constexpr,
+):
+    ones = tl.full([16, 16], 1.0, tl.float32).to(DTYPE)
+    place = tl.arange(0, 16)
+    tl.store(out_ptr + place[:, None] * 16 + place[None, :], tl.dot(ones, ones))
+
+
+@lru_cache
+def multiplies_in_registers(dtype: torch.dtype) -> bool:
+    """Whether `_fused` can multiply numbers of this type: Triton's own interpreter takes the bits
+    of bf16 for integers."""
+    if not INTERPRETED or dtype != torch.bfloat16:
+        return True
+    out = torch.empty(16, 16)
+    _sixteens[(1,)](out, tl.bfloat16)
+    return bool((out == 16).all())
 
 
 def fused_parts(
@@ -352,7 +380,7 @@ def _linear_token_logprobs(
     vocabulary = (entropy, ignore_index, vocab_start, V)
     N = len(hidden)
     logits = aligned(N, 0, torch.float32, hidden.device)[None]
-    if with_gradient or N > FUSED_ROWS:
+    if with_gradient or N > FUSED_ROWS or not multiplies_in_registers(hidden.dtype):
         parts = logits.new_empty(1, 3 + entropy, N)
         for rows in [slice(0, N)] if save_logits else pieces(N, V, 128):
             rows_t = t[rows] if isinstance(t, Tensor) else t

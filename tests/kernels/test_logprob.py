@@ -599,6 +599,7 @@ def test_moves_no_more_than_it_must(device) -> None:
 # Without the changes of tests/kernels/interpreter.py: what a reader without a GPU tries first.
 AS_SHIPPED = """
 import torch
+from tetrad import exact_kl, linear_cross_entropy, linear_exact_kl, linear_policy_loss
 from tetrad import linear_token_logprobs, token_logprobs
 from tetrad.kernels import launch, reference
 
@@ -620,11 +621,32 @@ for op in token_logprobs, linear_token_logprobs:
                 again = f(*leaves, tokens, **options)
             results.append([*outputs, *(x.grad for x in leaves), again[0] if options else again])
         torch.testing.assert_close(*results)
+
+hidden, weight = torch.randn(3, 16).bfloat16(), torch.randn(200, 16).bfloat16()
+found = linear_token_logprobs(hidden, weight, tokens)  # whose product is PyTorch's: no bits of bf16
+torch.testing.assert_close(found, reference.linear_token_logprobs(hidden, weight, tokens))
+
+mask = tokens >= 0
+for f, inputs, constants in (
+    (exact_kl, [torch.randn(3, 200)], [torch.randn(3, 200)]),
+    (linear_exact_kl, [torch.randn(3, 16), torch.randn(200, 16)], [hidden.float(), weight.float()]),
+    (linear_cross_entropy, [torch.randn(3, 16), torch.randn(200, 16)], [tokens]),
+    (linear_policy_loss, [torch.randn(3, 16), torch.randn(200, 16)],
+     [tokens, torch.randn(3) - 5, torch.randn(3), mask]),
+):
+    results = []
+    for g in f, getattr(reference, f.__name__):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = g(*leaves, *constants)
+        y = y[0] if isinstance(y, tuple) else y
+        y.sum().backward()
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 """
 
 
 def test_runs_in_the_interpreter_as_triton_ships_it(device) -> None:
-    """In fp32: of bf16 it multiplies the bit patterns."""
+    """In fp32, and without a gradient in bf16, of which it would multiply the bit patterns."""
     if device != "cpu":
         pytest.skip("a GPU runs the kernels compiled")
     old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
