@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bench.rows import ROOT, SHARES, benches
+from bench.rows import ROOT, SHARES, benches, end_sections_too, require_gpu
 
 BUDGET = 420  # seconds in all
 FOR_TESTS = 0.3  # of the budget, at most
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds in all [%(default)s]")
     parser.add_argument("--out", help="folder of the results [bench/results, and the report]")
     options = parser.parse_args(arguments)
+    end_sections_too()
     began = time.time()
     end = began + options.budget - FOR_REPORT
     failed = []
@@ -62,20 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def share(name: str) -> float:
     """Of the time that is left, relative to the other benches."""
     return SHARES.get(name, 1)
-
-
-def require_gpu() -> None:
-    """Exits 2 on a machine without one, or when this Python cannot tell."""
-    try:
-        from bench.harness import require_gpu
-    except ModuleNotFoundError as problem:
-        print(
-            f"no GPU that {sys.executable} can see: {problem}\n"
-            "make setup installs what is needed; make gpu PYTHON=... takes another Python",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    require_gpu()
 
 
 def tests_pass(seconds: float) -> bool:

@@ -115,8 +115,8 @@ def measure(cases: Sequence[Step], results: Results) -> Iterator[Row]:
         if not results.is_late:
             before, after = steps(case.short), steps(case.short + PROFILED)
             row |= {name: (after[name] - before[name]) / PROFILED for name in before}
-        results.profile(f"decode_{case.model}_{case.rows}", partial(seconds, prompts, case.short))
         yield row
+        results.profile(f"decode_{case.model}_{case.rows}", partial(seconds, prompts, case.short))
 
 
 if __name__ == "__main__":

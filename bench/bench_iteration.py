@@ -111,8 +111,19 @@ def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
         if i >= WARM_UP:
             for phase in PHASES:
                 times[phase].append(1e3 * stats[f"seconds/{phase}"])
-            if results.is_late:
-                break
+            if time.time() + stats["seconds/iteration"] > results.until:
+                break  # another would not come to its end
+    predicted, measured = (x * GIB / 1e6 for x in memory_used().values())
+    for phase in cases:
+        row = spread(times[phase.phase])
+        row |= {"tokens": phase.tokens, "tokens_s": 1e3 * phase.tokens / row["ms"]}
+        if phase.flops:
+            row["tflop_s"] = 1e-9 * phase.flops / row["ms"]
+            row["of_gemm"] = row["tflop_s"] / gemm
+        if phase.phase == "iteration":
+            row |= {"predicted_mb": predicted, "peak_mb": measured}
+        yield row
+
     prompts = random_prompts(case.shape, case.episodes, case.prompt)
 
     def without_rollout() -> None:
@@ -122,16 +133,6 @@ def measure(cases: Sequence[Phase], results: Results) -> Iterator[Row]:
             ppo.iteration(roles, prompts, None, cfg, NO_EOS, WARM_UP + CALLS)
 
     results.profile(f"iteration_{case.model}", without_rollout)
-    predicted, measured = (x * GIB / 1e6 for x in memory_used().values())
-    for case in cases:
-        row = spread(times[case.phase])
-        row |= {"tokens": case.tokens, "tokens_s": 1e3 * case.tokens / row["ms"]}
-        if case.flops:
-            row["tflop_s"] = 1e-9 * case.flops / row["ms"]
-            row["of_gemm"] = row["tflop_s"] / gemm
-        if case.phase == "iteration":
-            row |= {"predicted_mb": predicted, "peak_mb": measured}
-        yield row
 
 
 def at_random(case: Phase, prompts: list[list[int]]) -> Any:

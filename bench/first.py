@@ -26,11 +26,22 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bench.rows import MARK, READY, ROOT, Row, is_ours, verdict
+from bench.rows import (
+    MARK,
+    READY,
+    ROOT,
+    Row,
+    end_sections_too,
+    is_ours,
+    load,
+    require_gpu,
+    verdict,
+)
 
 LIMIT = 240  # seconds in all
 GRACE = 5  # seconds that a section may overrun its share, to end the row that it is at
@@ -40,19 +51,27 @@ SECTIONS = {  # seconds that each would like; what one leaves, the others have
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m bench.first", description="What `make first` runs.")
+    parser = argparse.ArgumentParser(
+        "python -m bench.first",
+        description="Asks a GPU what matters most, in four minutes. Exits 1 when a suspicion is "
+        "confirmed or something of ours failed, 2 without a GPU.",
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes, on any machine")
     parser.add_argument("--out", type=Path, help="folder of the results [bench/results]")
     parser.add_argument("--tar", type=Path, help="all files in one [first.tar.gz in OUT]")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all [%(default)s]")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument(
+        "--only", nargs="+", choices=SECTIONS, default=list(SECTIONS),
+        help="sections to run [all]; docs/bench.md says what they are",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     end = time.time() + options.limit
-    from bench.harness import RESULTS, commit, require_gpu
-
+    end_sections_too()
     if not options.tiny:
         require_gpu()
-    elif options.out is None or options.out.resolve() == RESULTS:
+    from bench.harness import RESULTS, commit
+
+    if options.tiny and (options.out is None or options.out.resolve() == RESULTS):
         parser.error("--tiny times nothing in earnest; give it an --out of its own")
     out = options.out or RESULTS
     os.environ["COMMIT"] = commit() or ""  # before the results make the tree a dirty one
@@ -72,11 +91,15 @@ def ask(names: Sequence[str], tiny: bool, end: float, files: "Files") -> None:
     try:
         for i, name in enumerate(names):
             processes += [Process(other, tiny) for other in names[len(processes) : i + ahead]]
-            ready = processes[i].wait(end)
             left = end - time.time()
             seconds = left * SECTIONS[name] / sum(SECTIONS[other] for other in names[i:])
+            began = time.time()
+            ready = processes[i].wait(seconds)
+            seconds -= time.time() - began
             files.say(f"\n== {name}: {seconds:.0f} s of {left:.0f} s")
             files.begin(name)
+            if not ready:
+                processes[i].kill()
             files.end(processes[i].run(seconds, files.take) if ready else "out of time to begin")
             files.pack()
     finally:
@@ -93,6 +116,7 @@ class Process:
         self.process = subprocess.Popen(
             [*command, *["--tiny"] * tiny], cwd=ROOT, env=environment, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace",
         )  # fmt: skip
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.ready = threading.Event()  # it waits for its turn, or has ended
@@ -100,16 +124,16 @@ class Process:
 
     def _read(self) -> None:
         for line in self.process.stdout:
-            if line == READY:
+            if READY in line:
                 self.ready.set()
             else:
                 self.lines.put(line.rstrip("\n"))
         self.lines.put(None)
         self.ready.set()
 
-    def wait(self, end: float) -> bool:
-        """Until it has imported what it needs; whether that is so by `end`."""
-        return self.ready.wait(max(0.0, end - time.time()))
+    def wait(self, seconds: float) -> bool:
+        """Until it has imported what it needs; whether it has in so many seconds."""
+        return self.ready.wait(max(0.0, seconds))
 
     def run(self, seconds: float, take: Callable[[str], None]) -> str:
         """Its turn. Hands over its lines; why it did not come to its end, or ""."""
@@ -127,16 +151,16 @@ class Process:
                 return f"out of time: ended after {seconds + GRACE:.0f} s"
             if line is None:
                 status = self.process.wait()
+                self.kill()  # what it may have left running
                 return "" if status == 0 else f"the process ended with {status}"
             take(line)
 
     def kill(self) -> None:
         """It and what it started: nothing is left on the GPU."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold it for longer
+            self.process.wait(GRACE)
 
 
 class Files:
@@ -147,9 +171,12 @@ class Files:
         self.folder: Path | None = None  # of this GPU's results, once a section has named it
         self.contents: dict[str, dict[str, Any]] = {}  # by bench
         self.pages: dict[str, str] = {}  # by file name
+        self.before: dict[str, int] = {}  # measured rows of the files that were there, by bench
         self.log: list[str] = []
         self.due: list[tuple[str, str]] = []  # bench and case of what a section has yet to tell
         self.where: dict[str, Any] = {}
+        self.section = ""  # whose turn it is
+        self.crashes: list[tuple[str, str]] = []  # sections that ended badly, and how
 
     def say(self, line: str) -> None:
         self.log.append(line)
@@ -157,13 +184,17 @@ class Files:
 
     def begin(self, section: str) -> None:
         """Until it tells its plan, a section is known by its name."""
+        self.section = section
         self.due = [("first", section)]
 
     def take(self, line: str) -> None:
-        """A line of a section: a record, or what it prints besides."""
-        if not line.startswith(MARK):
-            return self.say(f"     {line}")
-        record = json.loads(line[1:])
+        """A line of a section: a record, and what it or a library prints besides or before."""
+        text, mark, rest = line.partition(MARK)
+        if text:
+            self.say(f"     {text}")
+        if not mark:
+            return
+        record = json.loads(rest)
         if "plan" in record:
             self.due = [(x["bench"], x["case"]) for x in record["plan"]]
             self.folder, self.where = self.out / record["gpu"], record["where"]
@@ -183,30 +214,44 @@ class Files:
         self.say(line_of_finding(row) if "seen" in row else line(row) + more(row))
 
     def end(self, reason: str) -> None:
-        """A section is over: what it has not told is named."""
+        """A section is over: what it has not told is named, and a crash in any case."""
+        if reason and not self.due:
+            self.say(f"     {reason}")
+        if reason and not reason.startswith("out of time"):
+            self.crashes.append((self.section, reason))
         for bench, case in self.due:
             why = reason or "its section ended without it"
             self.add(bench, {"case": case, "provider": "ours", "not_measured": why}, {})
 
     def pack(self) -> None:
-        """Write the files, and the tar of all of them."""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        names = []
+        """Write the files, and the tar of all of them. A file that holds more, of `make gpu`,
+        stays: ours goes into a folder beside it."""
+        folder = self.folder or self.out
+        texts = dict(self.pages)
         for bench, content in self.contents.items():
             if any("ms" in row for row in [*content["rows"], *content["findings"]]):
-                names.append(f"{bench}.json")
-                (self.folder / names[-1]).write_text(json.dumps(content, indent=1) + "\n")
-        for name, text in (self.pages | {"first.log": "\n".join(self.log) + "\n"}).items():
-            names.append(name)
-            (self.folder / name).write_text(text)
+                texts[f"{bench}.json"] = json.dumps(content, indent=1) + "\n"
+        texts["first.log"] = "\n".join(self.log) + "\n"
         self.tar.parent.mkdir(parents=True, exist_ok=True)
         draft = self.tar.with_name(self.tar.name + ".draft")
         with tarfile.open(draft, "w:gz") as tar:
-            for name in names:
-                tar.add(self.folder / name, f"{self.folder.name}/{name}")
+            for name, text in texts.items():
+                path, bench = folder / name, name.removesuffix(".json")
+                if bench in self.contents and self.is_fuller(bench, path):
+                    path = folder / "first" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+                tar.add(path, f"{folder.name}/{name}")
         draft.rename(self.tar)
+
+    def is_fuller(self, bench: str, path: Path) -> bool:
+        """Whether the file that was there before ours holds more measured rows than we have."""
+        if bench not in self.before:
+            self.before[bench] = 0
+            if path.is_file():
+                with suppress(ValueError):  # no result file at all
+                    self.before[bench] = measured_rows(load(path))
+        return self.before[bench] > measured_rows(self.contents[bench])
 
     def rows(self) -> Iterator[Row]:
         for content in self.contents.values():
@@ -215,8 +260,11 @@ class Files:
     def failures(self) -> list[Row]:
         """Suspicions confirmed, and rows of ours that are missing for another reason than time,
         memory or a package."""
-        excuses = ("out of", "No module named", "lost", "needs a GPU")
-        return [
+        excuses = ("out of time", "out of memory", "No module named", "lost", "needs a GPU")
+        crashed = [
+            {"case": name, "provider": "ours", "not_measured": why} for name, why in self.crashes
+        ]
+        return crashed + [
             row for row in self.rows()
             if row.get("passed") is False
             or is_ours(row["provider"])
@@ -230,8 +278,12 @@ class Files:
             f"{sum(row['passed'] for row in findings)} of {len(findings)} suspicions unfounded",
             *(f"FAIL {row['case']}: {row['seen']}" for row in findings if not row["passed"]),
             *(f"not measured: {row['case']}: {row['not_measured']}" for row in missing),
-            f"files in {self.folder}, all of them in {self.tar}",
+            f"files in {self.folder or self.out}, all of them in {self.tar}",
         ]
+
+
+def measured_rows(content: Mapping[str, Any]) -> int:
+    return sum("ms" in row for row in [*content["rows"], *content.get("findings", ())])
 
 
 def line_of_finding(row: Row) -> str:

@@ -189,7 +189,7 @@ def results_page(gpus: Mapping[str, Files], benches: Benches) -> str:
     page = (
         "# Speed\n\nWritten by `python -m bench.report` from the files beside it, which come from"
     )
-    page += " `make gpu`; no number is typed.\n"
+    page += " the commands that it names; no number is typed.\n"
     if gpus:
         sections = (gpu_section(gpu, x, tables_of(x, benches)) for gpu, x in gpus.items())
         return "".join([page, LEGEND, *sections])

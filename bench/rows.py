@@ -5,6 +5,8 @@ A row is what bench/harness.py writes of one provider of one case: "ms" and more
 
 import importlib
 import json
+import signal
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,26 @@ Group = list[Row]  # the rows of one case, ours first
 Tables = Mapping[str, Sequence[Group]]  # by bench
 Benches = Mapping[str, Sequence[Any]]  # cases by bench
 Files = Mapping[str, dict[str, Any]]  # the content of the result files by bench
+
+
+def require_gpu() -> None:
+    """Exits 2 on a machine without one, or when this Python cannot tell."""
+    try:
+        from bench import harness
+    except ModuleNotFoundError as problem:
+        print(
+            f"no GPU that {sys.executable} can see: {problem}\n"
+            "make setup installs what is needed; PYTHON=... names another Python",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    harness.require_gpu()
+
+
+def end_sections_too() -> None:
+    """Let SIGTERM, of `timeout` or a scheduler, end this program as an exception does: what it
+    started has a session of its own, and would stay on the GPU."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def benches() -> list[str]:

@@ -7,8 +7,10 @@ transformers with its hub and tokenizers, pandas, pyarrow. docs/bench.md says ho
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -38,13 +40,25 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     folder = parser.parse_args(arguments).folder
-    for old in folder.glob("*.whl"):  # one version of each
-        old.unlink()
-    download(requirements([*NEEDED, *PEERS], pins()), folder)
+    wanted = requirements([*NEEDED, *PEERS], pins())
+    with tempfile.TemporaryDirectory() as fresh:
+        download(wanted, Path(fresh))
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = {distribution(name) for name in wanted}
+        for old in folder.glob("*.whl"):  # one version of each, and nobody else's
+            if distribution(old.name) in ours:
+                old.unlink()
+        for wheel in Path(fresh).glob("*.whl"):
+            shutil.move(wheel, folder / wheel.name)
     size = sum(path.stat().st_size for path in folder.glob("*.whl"))
     print(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {size / 1e6:.1f} MB")
     if size > LIMIT:
         sys.exit(f"more than {LIMIT >> 20} MiB")
+
+
+def distribution(name: str) -> str:
+    """Of a wheel's file name, or of NAME==VERSION."""
+    return re.split("==|-(?=[0-9])", name)[0].replace("-", "_").lower()
 
 
 def pins() -> dict[str, str]:

@@ -261,7 +261,7 @@ def check_weight_grad(
         raise ValueError(f"upstream is {upstream}; it must be a finite number")
     if weight_grad is None:
         if upstream != 1:
-            raise ValueError(f"upstream is {upstream}; without weight_grad, backward is told it")
+            raise ValueError(f"upstream is {upstream}; it has a meaning only with weight_grad")
         return
     if torch.compiler.is_compiling():
         raise ValueError("weight_grad is given; torch.compile does not see that it changes")

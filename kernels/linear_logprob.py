@@ -69,7 +69,9 @@ FUSED_ROWS = 128
 ALIGNMENT = 64  # numbers: a cache line of the 2-byte types, two of fp32
 EVEN = 8  # numbers: 16 bytes of the 2-byte types
 SPLITS = 128  # of the vocabulary, at most: a few rows alone keep the multiprocessors of a GPU busy
-TILES_TOGETHER = 16  # of rows; 132 programs at a time then work on 8 splits
+TILES_TOGETHER = (
+    16  # of rows; 132 programs at a time then work on 8 splits. FUSED_ROWS are one tile
+)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start", "N"])

@@ -34,7 +34,7 @@ Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
 class Part:
     """A micro-batch as this rank sees it."""
 
-    groups: list[int]  # of the whole batch; none: a blank that only keeps the others company
+    groups: list[int]  # of the whole batch; none: a dummy, so that this rank joins every collective
     batch: Batch
     packing: Packing
     owned: Tensor  # (N,) bool the response tokens, or (S,) the sequences, this rank answers for
@@ -126,7 +126,7 @@ class Engine:
             value, part.stats = linear_policy_loss(
                 hidden, weight, part.tokens, old_logprobs, advantages, mask,
                 temperature=temperature, clip_range=clip_range, denominator=denominator,
-                **self.vocabulary(weight), **self._into_main_grad(hidden, weight, part),
+                **self.vocabulary(weight), **self._options_for_main_grad(hidden, weight, part),
             )  # fmt: skip
             return value
 
@@ -141,7 +141,7 @@ class Engine:
             nats = linear_cross_entropy(
                 hidden, unembedding, part.tokens, denominator=denominator,
                 **self.vocabulary(unembedding),
-                **self._into_main_grad(hidden, unembedding, part, coef),
+                **self._options_for_main_grad(hidden, unembedding, part, coef),
             )  # fmt: skip
             part.stats = {"nats_per_token": nats}
             return coef * nats
@@ -203,11 +203,12 @@ class Engine:
             "group": t.groups.tp if t.tp > 1 else None,
         }
 
-    def _into_main_grad(
+    def _options_for_main_grad(
         self, hidden: Tensor, weight: Tensor, part: Part, coef: float = 1.0
     ) -> dict:
-        """Have a loss, of which `coef` times is used, add the unembedding's gradient where Megatron
-        sums gradients: a sum of its own would be written, rounded and added to that."""
+        """Options that make a loss add the unembedding's gradient to weight.main_grad, where
+        Megatron sums gradients: a sum of its own would be written, rounded and added to that.
+        coef: what the loss is multiplied by afterwards."""
         assert self.optimizer is not None
         last = self.cores[-1]
         looked_up = last.pre_process and last.share_embeddings_and_output_weights

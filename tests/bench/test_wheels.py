@@ -26,6 +26,25 @@ def test_a_name_without_a_version_is_refused() -> None:
         wheels.requirements(["unheard-of"], wheels.pins())
 
 
+def test_wheels_of_others_stay_and_a_failed_download_costs_nothing(tmp_path, monkeypatch) -> None:
+    """Ours of another version go, once the new ones are there."""
+    old, other = tmp_path / "trl-0.1-py3-none-any.whl", tmp_path / "some_tool-1.0-py3-none-any.whl"
+    for path in old, other:
+        path.touch()
+
+    def fails(wanted, folder) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(wheels, "download", fails)
+    with pytest.raises(OSError):
+        wheels.main([str(tmp_path)])
+    assert old.exists() and other.exists()
+    new = "trl-1.16.0-py3-none-any.whl"
+    monkeypatch.setattr(wheels, "download", lambda wanted, folder: (folder / new).touch())
+    wheels.main([str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {new, other.name}
+
+
 def test_a_cache_says_where_it_will_lie(tmp_path) -> None:
     """Triton finds a kernel's files by the absolute paths in its list, or compiles."""
     folder = tmp_path / "cache" / "KEY"

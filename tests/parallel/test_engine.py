@@ -154,7 +154,7 @@ def two_losses(layout, shape, options, by_autograd):
     """Two steps on PPO's loss and a pretraining loss with a coefficient, in micro-batches: norms,
     statistics, weights. by_autograd: the unembedding's gradient made by backward, as any other."""
     if by_autograd:
-        Engine._into_main_grad = lambda *_: {}
+        Engine._options_for_main_grad = lambda *_: {}
     engine = tiny_engine("language", layout, microbatch_tokens=25, **options, **shape)
     batch, text = ragged_batch(), pack(random_tokens(8, (4,) * 2), random_tokens(9, (6, 9)))
     seen = []
