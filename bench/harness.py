@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -154,7 +155,7 @@ def where() -> dict[str, Any]:
     about: dict[str, Any] = {
         "gpu": gpu_name(), "commit": commit(), "sources": _digest(),
         "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "versions": found,
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": command(),
     }  # fmt: skip
     if CUDA:
         properties = torch.cuda.get_device_properties(0)
@@ -165,6 +166,12 @@ def where() -> dict[str, Any]:
             "multiprocessors": properties.multi_processor_count,
         }  # fmt: skip
     return about
+
+
+def command() -> str:
+    """How to measure this again: without the limit of time and the folder of this once."""
+    words = " ".join(["python", *sys.orig_argv[1:]])
+    return re.sub(r" (--until|--out)[ =]\S+", "", words)
 
 
 def commit() -> str | None:
