@@ -160,20 +160,25 @@ class _Decoder:
         return drawn[0], drawn[1]
 
     def _sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """(R,) tokens by inverting the cumulative distribution at `uniform`."""
+        """(R,) tokens of the whole vocabulary, of which this rank has the logits of a part."""
         t = self.engine.topology
         if t.tp > 1:
             shards = [torch.empty_like(logits) for _ in range(t.tp)]
             dist.all_gather(shards, logits.contiguous(), group=t.groups.tp)
             logits = torch.cat(shards, dim=-1)
-        logits = logits[:, : self.engine.architecture.vocab_size].double()
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        cumulative = (logits / self.temperature).softmax(-1).cumsum(-1)
-        threshold = uniform[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(
-            max=logits.shape[-1] - 1
-        )
+        return sample(logits[:, : self.engine.architecture.vocab_size], uniform, self.temperature)
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """(R,) tokens by inverting the cumulative distribution of logits (R, V) at `uniform` (R,), in
+    fp64; the most likely ones at temperature 0."""
+    logits = logits.double()
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return chosen.clamp(max=logits.shape[-1] - 1)
 
 
 @contextmanager
