@@ -23,7 +23,7 @@ from bench.case import CUDA, DEVICE
 from bench.harness import reason_of
 from bench.models import NO_EOS, PRECISION, TINY, draw, random_prompts
 from bench.timing import timed
-from tetrad.kernels import linear_logprob, linear_loss, logprob, ppo_loss
+from tetrad.kernels import linear_logprob, linear_loss, logprob, ppo_loss, products
 
 HALF = torch.bfloat16
 SLOW_BY = 1.15  # what a vocabulary of 50257 may cost, of what 50304 does
@@ -63,7 +63,7 @@ def product_is_added_in_place() -> Finding:
     a, b = torch.randn(2, 64, 64, device=DEVICE).to(HALF)
     total = torch.zeros(64, 64, device=DEVICE)
     for _ in range(2):
-        linear_logprob.add_product(total, a, b)
+        products.add_product(total, a, b)
     off = error(total, 2 * (a.double() @ b.double()))
     return Finding(off < 1e-5, f"error {off:.1e} after two sums")
 
@@ -71,7 +71,7 @@ def product_is_added_in_place() -> Finding:
 def product_of_no_rows() -> Finding:
     """A rank without tokens takes part in everything."""
     weight = torch.randn(64, 32, device=DEVICE).to(HALF)
-    product = linear_logprob.matmul(weight.new_empty(0, 64), weight)
+    product = products.matmul(weight.new_empty(0, 64), weight)
     right = product.shape == (0, 32) and product.dtype == torch.float32
     return Finding(right, f"{tuple(product.shape)} {product.dtype}")
 
@@ -79,14 +79,14 @@ def product_of_no_rows() -> Finding:
 def logits_keep_fp32() -> Finding:
     """Logits of bf16 inputs are not rounded to bf16 on the way."""
     hidden, weight = torch.randn(2, 512, 1024, device=DEVICE).to(HALF)
-    off = error(linear_logprob.matmul(hidden, weight.t()), hidden.double() @ weight.t().double())
+    off = error(products.matmul(hidden, weight.t()), hidden.double() @ weight.t().double())
     return Finding(off < 1e-5, f"error {off:.1e}; rounded to bf16 it would be 2e-3")
 
 
 def fp32_is_fp32() -> Finding:
     """No product of fp32 inputs runs in tf32."""
     a, b = torch.randn(2, 512, 512, device=DEVICE)
-    off = error(linear_logprob.matmul(a, b), a.double() @ b.double())
+    off = error(products.matmul(a, b), a.double() @ b.double())
     return Finding(off < 1e-5, f"error {off:.1e}; in tf32 it would be 3e-4")
 
 

@@ -37,7 +37,6 @@ from tetrad.kernels.launch import (
     runs_kernel,
 )
 from tetrad.kernels.linear_logprob import (
-    aligned,
     gradients_like,
     input_gradients,
     logits_of,
@@ -56,6 +55,7 @@ from tetrad.kernels.logprob import (
     per_token,
     unit_of,
 )
+from tetrad.kernels.products import aligned
 
 BLOCK = 2048  # columns: two tiles of logits share the registers
 BLOCKS_PER_SPLIT = 8

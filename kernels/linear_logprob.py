@@ -23,7 +23,7 @@ Meaning: `reference.linear_token_logprobs`.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,7 @@ from tetrad.kernels.logprob import (
     row_parts,
     write_dlogits,
 )
+from tetrad.kernels.products import add_product, aligned, matmul, write_product
 
 CHUNK_BYTES = 2**30  # of fp32 logits at a time
 # Without a gradient, `_fused` runs for so many rows at most. With one tile of rows either way reads
@@ -66,8 +67,6 @@ CHUNK_BYTES = 2**30  # of fp32 logits at a time
 # behind it 12.4 ms, 85 % of the product rate, and `_fused` 12.5 (14.1 in a hotter run); and cuBLAS
 # gives the same bits as it does when a gradient is to follow, so that the first ratio of PPO is 1.
 FUSED_ROWS = 128
-ALIGNMENT = 64  # numbers: a cache line of the 2-byte types, two of fp32
-EVEN = 8  # numbers: 16 bytes of the 2-byte types
 SPLITS = 128  # of the vocabulary, at most: a few rows alone keep the multiprocessors of a GPU busy
 TILES_TOGETHER = (
     16  # of rows; 132 programs at a time then work on 8 splits. FUSED_ROWS are one tile
@@ -215,71 +214,6 @@ def fused_parts(
             num_warps=8, **tile,
         )  # fmt: skip
     return parts
-
-
-def aligned(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for (rows, columns), the first columns of a matrix whose rows are aligned.
-
-    Rows of 50257 numbers start anywhere: cuBLAS then loads and stores them piecemeal.
-    """
-    width = -(-columns // ALIGNMENT) * ALIGNMENT
-    return torch.empty(rows, width, dtype=dtype, device=device)[:, :columns]
-
-
-def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, summed in fp32 and left in the type of out; out's rows may lie apart."""
-
-    def put(out: Tensor, a: Tensor, b: Tensor) -> None:
-        if a.dtype == out.dtype:
-            torch.mm(a, b, out=out)
-        elif a.is_cuda:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a.float(), b.float(), out=out)
-
-    _evenly(put, _add, out, a, b)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """total += factor * a @ b in fp32, in place: no product of total's size beside it."""
-    put = partial(_add, factor=factor)
-    _evenly(put, put, total, a, b)
-
-
-def _add(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    if a.dtype != total.dtype and a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=factor, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=factor)
-
-
-def _evenly(put: Callable, add: Callable, out: Tensor, a: Tensor, b: Tensor) -> None:
-    """put(out, a, b), where cuBLAS is fast: in two, the second with what is left, if a
-    dimension along which a matrix lies in memory is no multiple of EVEN.
-
-    cuBLAS asks that of these dimensions, and not of the distance of rows alone: with 50257 columns
-    a product takes five to eight times as long as with 50304 (H200).
-    """
-    (M, K), N = a.shape, b.shape[1]
-    rows, columns, depth = (n - n % EVEN if n > EVEN else n for n in (M, N, K))
-    if columns < N:  # rows of out are contiguous, or rows of b
-        _evenly(put, add, out[:, :columns], a, b[:, :columns])
-        put(out[:, columns:], a, b[:, columns:])
-    elif rows < M and a.stride(0) == 1:
-        _evenly(put, add, out[:rows], a[:rows], b)
-        put(out[rows:], a[rows:], b)
-    elif depth < K and 1 in (a.stride(1), b.stride(0)):
-        put(out, a[:, :depth], b[:depth])
-        add(out, a[:, depth:], b[depth:])
-    else:
-        put(out, a, b)
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, summed and left in fp32, in aligned rows. Not differentiable."""
-    product = aligned(len(a), b.shape[1], torch.float32, a.device)
-    write_product(product, a, b)
-    return product
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -46,16 +46,14 @@ from tetrad.kernels.launch import (
     wants_gradient,
 )
 from tetrad.kernels.linear_logprob import (
-    add_product,
-    aligned,
     chunk_parts,
     gradients_like,
     linear_token_logprobs,
     row_contiguous,
-    write_product,
 )
 from tetrad.kernels.logprob import columns_that_count, finish_parts, per_token, write_dlogits
 from tetrad.kernels.ppo_loss import POLICY_STATISTICS, policy_loss, policy_loss_and_gradient
+from tetrad.kernels.products import add_product, aligned, write_product
 from tetrad.kernels.reference import IGNORED
 
 ROWS = 4096  # at a time, on every rank of a group, however wide its shard of the vocabulary

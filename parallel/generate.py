@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tetrad.kernels.linear_logprob import matmul
 from tetrad.kernels.logprob import token_logprobs
+from tetrad.kernels.products import matmul
 from tetrad.parallel import device
 from tetrad.parallel.attention import KVCache, Packing
 from tetrad.parallel.engine import Engine

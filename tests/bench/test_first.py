@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bench import first, sections, suspicions
 from bench.rows import MARK, READY
 from bench.suspicions import SUSPICIONS, answer
-from tetrad.kernels import linear_logprob, linear_loss, ppo_loss
+from tetrad.kernels import linear_loss, ppo_loss, products
 from tetrad.parallel import device
 
 device.install()  # before anything imports megatron.core
@@ -89,11 +89,11 @@ def taken_for_cuda(patch: Patch) -> None:
 
 FAULTS: dict[str, Callable[[Patch], object]] = {
     "product is added in place": lambda patch: patch.setattr(
-        linear_logprob, "add_product", lambda total, a, b: total.copy_(a.float() @ b.float())
+        products, "add_product", lambda total, a, b: total.copy_(a.float() @ b.float())
     ),
-    "product of no rows": lambda patch: patch.setattr(linear_logprob, "matmul", torch.mm),
-    "logits keep fp32": lambda patch: patch.setattr(linear_logprob, "matmul", rounded),
-    "fp32 is fp32": lambda patch: patch.setattr(linear_logprob, "matmul", rounded),
+    "product of no rows": lambda patch: patch.setattr(products, "matmul", torch.mm),
+    "logits keep fp32": lambda patch: patch.setattr(products, "matmul", rounded),
+    "fp32 is fp32": lambda patch: patch.setattr(products, "matmul", rounded),
     "packed attention": blind_to_windows,
     # on a CPU there is no such kernel: PyTorch refuses, as it would where the mask is not taken
     "cached attention has a fast kernel": lambda patch: as_on_a_gpu(patch, lambda call: 1.0),

@@ -435,7 +435,7 @@ def test_vocabulary_split_over_ranks(ranks, device, assert_as_exact) -> None:
 
 BAD = {
     "upstream is inf": {"upstream": math.inf},
-    "upstream is 2; without weight_grad": {"upstream": 2, "weight_grad": None},
+    "upstream is 2; it has a meaning only with weight_grad": {"upstream": 2, "weight_grad": None},
     r"weight_grad has shape \(4, 4\)": {"weight_grad": torch.zeros(4, 4)},
     r"weight_grad has shape \(6, 4\), strides \(1, 6\)": {"weight_grad": torch.zeros(4, 6).t()},
     "weight_grad is torch.float64": {"weight_grad": torch.zeros(5, 4, dtype=torch.float64)},
