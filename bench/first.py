@@ -228,7 +228,7 @@ class Files:
         folder = self.folder or self.out
         texts = dict(self.pages)
         for bench, content in self.contents.items():
-            if any("ms" in row for row in [*content["rows"], *content["findings"]]):
+            if measured_rows(content):
                 texts[f"{bench}.json"] = json.dumps(content, indent=1) + "\n"
         texts["first.log"] = "\n".join(self.log) + "\n"
         self.tar.parent.mkdir(parents=True, exist_ok=True)

@@ -68,9 +68,8 @@ CHUNK_BYTES = 2**30  # of fp32 logits at a time
 # gives the same bits as it does when a gradient is to follow, so that the first ratio of PPO is 1.
 FUSED_ROWS = 128
 SPLITS = 128  # of the vocabulary, at most: a few rows alone keep the multiprocessors of a GPU busy
-TILES_TOGETHER = (
-    16  # of rows; 132 programs at a time then work on 8 splits. FUSED_ROWS are one tile
-)
+# Tiles of rows: 132 programs at a time then work on 8 splits. Fewer than FUSED_ROWS are one tile.
+TILES_TOGETHER = 16
 
 
 @triton.jit(do_not_specialize=["ignore_index", "vocab_start", "N"])
