@@ -6,6 +6,7 @@ trees of its modules while they are imported, so that they name the CPU; torch i
     "cuda"  ->  "cpu"                       "torch.cuda.FloatTensor"  ->  "torch.FloatTensor"
     torch.cuda  ->  `cuda` below            x.is_cuda  ->  True
     x.cuda(), x.pin_memory(), x.record_stream()  ->  x        pin_memory=True  ->  False
+    torch.distributed._coalescing_manager  ->  `_coalescing_manager` below
 
 Where CUDA is present `install` rewrites nothing.
 """
@@ -19,9 +20,14 @@ import math
 import sys
 import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
 PACKAGE = "megatron.core"
 
@@ -155,6 +161,42 @@ cuda = _Cuda(
     ipc_collect=_nothing,
 )
 
+
+class _Received:
+    """What a group has received. The tensors that were to receive it hold it after `wait`."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def wait(self) -> None:
+        for tensor, value in zip(self.tensors, self.values):
+            tensor.copy_(value)
+        self.tensors, self.values = [], []
+
+
+@contextmanager
+def _coalescing_manager(group: dist.ProcessGroup, async_ops: bool = False) -> Iterator[_Received]:
+    """As that of torch.distributed, but never with two operations of one gloo group under way.
+
+    The two threads of a ProcessGroupGloo each write the name of the operation they have finished
+    into one std::string, without a lock. A name as long as "ALLGATHER_COALESCED" lies on the heap,
+    which two of them at the same time destroy (seen in PyTorch 2.13: "malloc(): unaligned tcache
+    chunk detected"). So all is sent and received before this returns. With async_ops nobody sees it
+    before `wait`: who reads without waiting reads old numbers, each time and not by chance.
+    """
+    received = _Received()
+    with distributed_c10d._coalescing_manager(group):
+        yield received
+        operations = distributed_c10d._world.pg_coalesce_state[group]
+        tensors = [x.tensor if x.dst_tensor is None else x.dst_tensor for x in operations]
+        before = [x.clone() for x in tensors] if async_ops else []
+    if async_ops:
+        received.tensors, received.values = tensors, [x.clone() for x in tensors]
+        for tensor, value in zip(tensors, before):
+            tensor.copy_(value)
+
+
 _WORDS = {"cuda": "cpu"} | {
     f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")
 }
@@ -189,7 +231,8 @@ class _Rewrite(ast.NodeTransformer):
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
-        if node.module == "torch.cuda.nvtx":
+        coalesces = any(name.name == _coalescing_manager.__name__ for name in node.names)
+        if node.module == "torch.cuda.nvtx" or node.module == "torch.distributed" and coalesces:
             node.module = __name__
         return node
 

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import param_and_grad_buffer
 
 from tests.forked_world import run_world
 from tests.parallel.tiny import (
@@ -112,7 +113,7 @@ def test_an_arranged_layout_is_as_good_as_the_first() -> None:
 
 
 def passes(overlap, layout, precision, budget):
-    """Two steps of one pass and two of two passes, a batch read before each, small buckets."""
+    """Steps of one pass and of two, some with a batch read after them, in small buckets."""
     optimizer.DistributedDataParallelConfig = partial(
         optimizer.DistributedDataParallelConfig, bucket_size=4000
     )
@@ -123,7 +124,7 @@ def passes(overlap, layout, precision, budget):
     if overlap and engine.topology.pp_rank == 0:
         assert len(engine.optimizer.ddp[0].bucket_groups) > 3
     seen, norms = [], []
-    for extra in (0, 0, 1, 1):
+    for extra in (0, 0, 1, 1, 0):
         seen += [accumulate(engine, more=True) for _ in range(extra)]
         seen += [accumulate(engine)]
         norms += [engine.step()["grad_norm"]]
@@ -209,3 +210,23 @@ def no_average():
 
 def test_there_is_an_average_only_when_asked_for() -> None:
     run_world(1, no_average)
+
+
+def begun():
+    group, rank = initialize(Layout()).groups.dp_cp, dist.get_rank()
+    own = torch.full((1,), float(rank))
+    gathered, numbers, total = torch.full((2,), -1.0), torch.tensor([1.0, 2.0]), torch.zeros(1)
+    with param_and_grad_buffer._coalescing_manager(group, async_ops=True) as gathering:
+        dist.all_gather_into_tensor(gathered, own, group)
+    with param_and_grad_buffer._coalescing_manager(group, async_ops=True) as summing:
+        dist.reduce_scatter_tensor(total, numbers, group=group)
+    early = gathered.tolist(), total.item()
+    numbers.zero_()  # what is sent may be overwritten
+    for handle in (gathering, summing, summing):
+        handle.wait()
+    return early, (gathered.tolist(), total.item())
+
+
+def test_what_gloo_receives_is_seen_after_waiting() -> None:
+    for rank, seen in enumerate(run_world(2, begun)):
+        assert seen == (([-1.0, -1.0], 0.0), ([0.0, 1.0], 2.0 * (rank + 1)))
