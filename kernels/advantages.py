@@ -172,7 +172,8 @@ def _shaped(logprobs_ptr, ref_ptr, at, inside, valid, score, last, kl_coef, ESTI
     logprobs = tl.load(logprobs_ptr + at, mask=inside, other=0).to(REAL)
     ref = tl.load(ref_ptr + at, mask=inside, other=0).to(REAL)
     kl = tl.where(valid, kl_estimate(logprobs - ref, ESTIMATOR), 0)
-    return kl, tl.where(at == last, score - kl_coef * kl, -kl_coef * kl)
+    charge = tl.where(kl_coef == 0, 0, kl_coef * kl)  # no charge, also where kl is inf
+    return kl, tl.where(at == last, score - charge, -charge)
 
 
 @triton.jit

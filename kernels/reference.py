@@ -491,7 +491,8 @@ def ppo_advantages(
     else:
         sequence = _sequence_of(cu_seqlens, len(mask))
     last = _last_valid(valid.flatten(), sequence, S).view_as(valid)
-    rewards = -kl_coef * kl + torch.where(last, scores[sequence].view_as(kl), 0.0)
+    charge = kl_coef * kl if kl_coef else torch.zeros_like(kl)  # 0 * inf would be NaN
+    rewards = torch.where(last, scores[sequence].view_as(kl), 0.0) - charge
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False, group=group)
     advantages, returns = gae(

@@ -278,6 +278,19 @@ def test_rewards_by_hand(ops, device) -> None:
     assert got.returns.tolist() == got.advantages.tolist() == [[8.5, 0.0, 9.0, 0.0], [0.0] * 4]
 
 
+@BOTH
+def test_a_coefficient_of_0_charges_nothing_for_an_infinite_kl(ops, device) -> None:
+    """The reference gives a token no chance at all: kl is inf, and 0 * inf must not be a reward."""
+    logprobs = torch.tensor([[-1.0, -1.0, -1.0]], device=device)
+    ref = torch.tensor([[-torch.inf, -2.0, torch.nan]], device=device)
+    got = ops.ppo_advantages(
+        torch.tensor([3.0], device=device), logprobs, ref, torch.zeros_like(ref),
+        torch.ones_like(ref), kl_coef=0.0, lam=1.0, whiten_advantages=False,
+    )  # fmt: skip
+    assert got.kl[0, :2].tolist() == [torch.inf, 1.0] and got.kl[0, 2].isnan()
+    assert got.rewards.tolist() == [[0.0, 0.0, 3.0]] and got.returns.tolist() == [[3.0] * 3]
+
+
 @pytest.mark.parametrize("estimator", check.ESTIMATORS)
 @WHITENED
 def test_ppo_advantages_matches_reference(estimator, whitened, device, assert_as_exact) -> None:
