@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -208,28 +209,17 @@ def decode_cases(tiny: bool) -> list[Any]:
     return cases if tiny else [c for c in cases if c.model == MODEL and c.rows in BATCHES]
 
 
-def plan_decode(tiny: bool) -> list[tuple[str, str]]:
-    return [("decode", case.name) for case in decode_cases(tiny)]
-
-
-def decode(turn: Turn) -> Iterator[Told]:
-    results = turn.results("decode")
-    for row in attempted(decode_cases(turn.tiny), bench_decode.measure, results):
-        yield "decode", row
-
-
 def iteration_cases(tiny: bool) -> list[Any]:
     return [c for c in bench_iteration.cases(tiny) if tiny or c.model == MODEL]
 
 
-def plan_iteration(tiny: bool) -> list[tuple[str, str]]:
-    return [("iteration", case.name) for case in iteration_cases(tiny)]
+def plan_cases(bench: str, cases: Callable, tiny: bool) -> list[tuple[str, str]]:
+    return [(bench, case.name) for case in cases(tiny)]
 
 
-def iteration(turn: Turn) -> Iterator[Told]:
-    results = turn.results("iteration")
-    for row in attempted(iteration_cases(turn.tiny), bench_iteration.measure, results):
-        yield "iteration", row
+def measure_cases(bench: str, cases: Callable, measure: Callable, turn: Turn) -> Iterator[Told]:
+    for row in attempted(cases(turn.tiny), measure, turn.results(bench)):
+        yield bench, row
 
 
 SPLIT = "tp 2 on one GPU beside tp 1"
@@ -277,23 +267,23 @@ def ranks(size: int, until: float) -> dict[str, float] | str:
         )
         for rank, output in enumerate(outputs)
     ]  # fmt: skip
+
+    def failure() -> str | None:
+        for rank, (process, output) in enumerate(zip(processes, outputs)):
+            if process.poll():
+                return f"rank {rank} ended with {process.returncode}: {last_line(output)}"
+        return None
+
     try:
-        while any(p.poll() is None for p in processes):
+        while not (why := failure()) and any(p.poll() is None for p in processes):
             if time.time() > until:
                 return LATE
-            if failed := [i for i, p in enumerate(processes) if p.poll()]:
-                return f"rank {failed[0]} ended with {processes[failed[0]].returncode}: " + (
-                    last_line(outputs[failed[0]])
-                )
             time.sleep(0.05)
+        return why or failure() or json.loads(last_line(outputs[0]))
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, (process, output) in enumerate(zip(processes, outputs)):
-        if process.returncode:
-            return f"rank {rank} ended with {process.returncode}: {last_line(output)}"
-    return json.loads(last_line(outputs[0]))
 
 
 def last_line(file: TextIO) -> str:
@@ -312,8 +302,16 @@ SECTIONS = {
     "rates": Section(plan_rates, rates),
     "suspicions": Section(plan_suspicions, ask, TRAINER),
     "ops": Section(plan_ops, ops),
-    "decode": Section(plan_decode, decode, TRAINER),
-    "iteration": Section(plan_iteration, iteration, TRAINER),
+    "decode": Section(
+        partial(plan_cases, "decode", decode_cases),
+        partial(measure_cases, "decode", decode_cases, bench_decode.measure),
+        TRAINER,
+    ),
+    "iteration": Section(
+        partial(plan_cases, "iteration", iteration_cases),
+        partial(measure_cases, "iteration", iteration_cases, bench_iteration.measure),
+        TRAINER,
+    ),
     "split": Section(plan_split, split),
 }
 
