@@ -498,7 +498,8 @@ def _ppo_advantages(
             scores, logprobs, ref_logprobs, values, mask, kl_coef=kl_coef, estimator=estimator,
             gamma=gamma if gammas is None else gammas, lam=lam if lams is None else lams,
             whiten_rewards=whiten_rewards, whiten_advantages=whiten_advantages,
-            cu_seqlens=cu_seqlens, mask_mode=mask_mode, group=group_of(group),
+            cu_seqlens=cu_seqlens, mask_mode=mask_mode,
+            group=None if group is None else group_of(group),
         )  # fmt: skip
     outputs = _ppo_outputs(scores, logprobs, ref_logprobs, values, mask)
     rewards, advantages, returns, kl = outputs

@@ -88,26 +88,22 @@ def group_name(group: dist.ProcessGroup | None) -> str | None:
     return None if group is None else group.group_name
 
 
-def group_of(name: str | None) -> dist.ProcessGroup | None:
+def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return None if name is None else _resolved(name)
-
-
-def _resolved(group: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def all_gather(x: Tensor, group: str) -> Tensor:
     """x of every rank of the group, stacked in the order of the ranks: one collective."""
-    size = _resolved(group).size()
+    size = group_of(group).size()
     ranks = x.new_empty(size * x.numel())
-    dist.all_gather_into_tensor(ranks, x.contiguous().view(-1), group=_resolved(group))
+    dist.all_gather_into_tensor(ranks, x.contiguous().view(-1), group=group_of(group))
     return ranks.view(size, *x.shape)
 
 
 def all_reduce(x: Tensor, group: str) -> None:
     """Sum x over the ranks of the group, in place."""
-    dist.all_reduce(x, group=_resolved(group))
+    dist.all_reduce(x, group=group_of(group))
 
 
 def _first_order(gradient: Callable) -> Callable:

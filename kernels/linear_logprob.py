@@ -167,8 +167,8 @@ def _tile(hidden: Tensor, entropy: bool) -> dict[str, int]:
         return {"ROWS": 64, "COLUMNS": 64 if even else 32, "DEPTH": 16, "num_stages": 2}
     if not even:
         return {"ROWS": 128, "COLUMNS": 64, "DEPTH": 64, "num_stages": 3}
-    interpreted = triton.knobs.runtime.interpret  # and there is no driver to ask
-    if d % 64 == 0 and not interpreted and driver.active.get_current_target().arch == 90:
+    # interpreted, there is no driver to ask
+    if d % 64 == 0 and not INTERPRETED and driver.active.get_current_target().arch == 90:
         columns, stages = (128, 4) if entropy else (256, 3)
         return {"ROWS": 128, "COLUMNS": columns, "DEPTH": 64, "num_stages": stages}
     return {"ROWS": 128, "COLUMNS": 128, "DEPTH": 32, "num_stages": 3}

@@ -166,13 +166,12 @@ class _Received:
     """What a group has received. The tensors that were to receive it hold it after `wait`."""
 
     def __init__(self) -> None:
-        self.tensors: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.values: list[tuple[Tensor, Tensor]] = []  # of which tensor, and what
 
     def wait(self) -> None:
-        for tensor, value in zip(self.tensors, self.values):
+        for tensor, value in self.values:
             tensor.copy_(value)
-        self.tensors, self.values = [], []
+        self.values = []
 
 
 @contextmanager
@@ -192,7 +191,7 @@ def _coalescing_manager(group: dist.ProcessGroup, async_ops: bool = False) -> It
         tensors = [x.tensor if x.dst_tensor is None else x.dst_tensor for x in operations]
         before = [x.clone() for x in tensors] if async_ops else []
     if async_ops:
-        received.tensors, received.values = tensors, [x.clone() for x in tensors]
+        received.values = [(x, x.clone()) for x in tensors]
         for tensor, value in zip(tensors, before):
             tensor.copy_(value)
 

@@ -94,7 +94,9 @@ def test_transforms_of_a_kernel_are_refused(op, transform, device) -> None:
         TRANSFORMS[transform](f)(x)
 
 
-STOCK = """if True:
+# The interpreter without the changes of tests/kernels/interpreter.py: what a reader without a GPU
+# tries first. In fp32, and without a gradient in bf16, of which it would multiply the bit patterns.
+ON_SCORES = """if True:
     import torch
     import tetrad
     from tetrad.kernels import reference
@@ -137,12 +139,60 @@ STOCK = """if True:
 """
 
 
-def test_the_interpreter_as_triton_ships_it() -> None:
-    """The ops of tokens and scores, forward and backward in fp32, without tests/kernels/
-    interpreter.py; Triton 3.6 asks for an older NumPy, and the error says so."""
+ON_LOGITS = """
+import torch
+from tetrad import exact_kl, linear_cross_entropy, linear_exact_kl, linear_policy_loss
+from tetrad import linear_token_logprobs, token_logprobs
+from tetrad.kernels import launch, reference
+
+assert launch.INTERPRETED
+torch.manual_seed(0)
+tokens = torch.tensor([3, -100, 199])
+for op in token_logprobs, linear_token_logprobs:
+    inputs = [torch.randn(3, 200)]
+    if op is linear_token_logprobs:
+        inputs = [torch.randn(3, 16), torch.randn(200, 16)]
+    for options in {}, {"entropy": True, "temperature": torch.tensor([0.5, 1.0, 2.0])}:
+        results = []
+        for f in op, getattr(reference, op.__name__):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            outputs = f(*leaves, tokens, **options)
+            outputs = outputs if options else (outputs,)
+            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+            with torch.no_grad():
+                again = f(*leaves, tokens, **options)
+            results.append([*outputs, *(x.grad for x in leaves), again[0] if options else again])
+        torch.testing.assert_close(*results)
+
+hidden, weight = torch.randn(3, 16).bfloat16(), torch.randn(200, 16).bfloat16()
+found = linear_token_logprobs(hidden, weight, tokens)  # whose product is PyTorch's: no bits of bf16
+torch.testing.assert_close(found, reference.linear_token_logprobs(hidden, weight, tokens))
+
+mask = tokens >= 0
+for f, inputs, constants in (
+    (exact_kl, [torch.randn(3, 200)], [torch.randn(3, 200)]),
+    (linear_exact_kl, [torch.randn(3, 16), torch.randn(200, 16)], [hidden.float(), weight.float()]),
+    (linear_cross_entropy, [torch.randn(3, 16), torch.randn(200, 16)], [tokens]),
+    (linear_policy_loss, [torch.randn(3, 16), torch.randn(200, 16)],
+     [tokens, torch.randn(3) - 5, torch.randn(3), mask]),
+):
+    results = []
+    for g in f, getattr(reference, f.__name__):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = g(*leaves, *constants)
+        y = y[0] if isinstance(y, tuple) else y
+        y.sum().backward()
+        results.append([y.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.parametrize("calls", [ON_SCORES, ON_LOGITS], ids=["scores", "logits"])
+def test_the_interpreter_as_triton_ships_it(calls) -> None:
+    """Every op, forward and backward. Triton 3.6 asks for an older NumPy, and the error says so."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", STOCK], cwd=Path(__file__).parents[2], env=env,
+        [sys.executable, "-c", calls], cwd=Path(__file__).parents[2], env=env,
         capture_output=True, text=True,
     )  # fmt: skip
 

@@ -1,15 +1,10 @@
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from unittest import mock
 
-import numpy
 import pytest
 import torch
 import torch.distributed as dist
-import triton
 from hypothesis import given, settings, strategies
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -594,67 +589,6 @@ def test_moves_no_more_than_it_must(device) -> None:
     assert (reads[0, 0::2, :V] == 1).all() and reads.sum() == 2 * V
     assert (backward.writes(logits.grad) == 1).all()
     assert backward.bytes_written == logits.numel() * logits.element_size()
-
-
-# Without the changes of tests/kernels/interpreter.py: what a reader without a GPU tries first.
-AS_SHIPPED = """
-import torch
-from tetrad import exact_kl, linear_cross_entropy, linear_exact_kl, linear_policy_loss
-from tetrad import linear_token_logprobs, token_logprobs
-from tetrad.kernels import launch, reference
-
-assert launch.INTERPRETED
-torch.manual_seed(0)
-tokens = torch.tensor([3, -100, 199])
-for op in token_logprobs, linear_token_logprobs:
-    inputs = [torch.randn(3, 200)]
-    if op is linear_token_logprobs:
-        inputs = [torch.randn(3, 16), torch.randn(200, 16)]
-    for options in {}, {"entropy": True, "temperature": torch.tensor([0.5, 1.0, 2.0])}:
-        results = []
-        for f in op, getattr(reference, op.__name__):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            outputs = f(*leaves, tokens, **options)
-            outputs = outputs if options else (outputs,)
-            torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
-            with torch.no_grad():
-                again = f(*leaves, tokens, **options)
-            results.append([*outputs, *(x.grad for x in leaves), again[0] if options else again])
-        torch.testing.assert_close(*results)
-
-hidden, weight = torch.randn(3, 16).bfloat16(), torch.randn(200, 16).bfloat16()
-found = linear_token_logprobs(hidden, weight, tokens)  # whose product is PyTorch's: no bits of bf16
-torch.testing.assert_close(found, reference.linear_token_logprobs(hidden, weight, tokens))
-
-mask = tokens >= 0
-for f, inputs, constants in (
-    (exact_kl, [torch.randn(3, 200)], [torch.randn(3, 200)]),
-    (linear_exact_kl, [torch.randn(3, 16), torch.randn(200, 16)], [hidden.float(), weight.float()]),
-    (linear_cross_entropy, [torch.randn(3, 16), torch.randn(200, 16)], [tokens]),
-    (linear_policy_loss, [torch.randn(3, 16), torch.randn(200, 16)],
-     [tokens, torch.randn(3) - 5, torch.randn(3), mask]),
-):
-    results = []
-    for g in f, getattr(reference, f.__name__):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        y = g(*leaves, *constants)
-        y = y[0] if isinstance(y, tuple) else y
-        y.sum().backward()
-        results.append([y.detach(), *(x.grad for x in leaves)])
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-"""
-
-
-def test_runs_in_the_interpreter_as_triton_ships_it(device) -> None:
-    """In fp32, and without a gradient in bf16, of which it would multiply the bit patterns."""
-    if device != "cpu":
-        pytest.skip("a GPU runs the kernels compiled")
-    old = [int(x) for x in triton.__version__.split(".")[:2]] < [3, 7]
-    if old and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.skip("Triton 3.6 asks for int() of an array (1,), which NumPy refuses since 2.4")
-    subprocess.run(
-        [sys.executable, "-c", AS_SHIPPED], env=os.environ | {"TRITON_INTERPRET": "1"}, check=True
-    )
 
 
 def test_runs_the_reference_where_no_kernel_runs(device, monkeypatch) -> None:

@@ -7,14 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from tests.kernels.callers import (
-    LAYOUTS,
-    compiled,
-    laid_out,
-    launches,
-    no_host_sync,
-    replayed,
-)
+from tests.kernels.callers import LAYOUTS, compiled, laid_out, launches, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import launch, ppo_loss, reference
 from tetrad.kernels.ppo_loss import policy_loss, value_loss

@@ -7,14 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from tests.kernels.callers import (
-    LAYOUTS,
-    compiled,
-    laid_out,
-    launches,
-    no_host_sync,
-    replayed,
-)
+from tests.kernels.callers import LAYOUTS, compiled, laid_out, launches, no_host_sync, replayed
 from tests.kernels.traffic import Traffic
 from tetrad.kernels import check, ranking, reference
 from tetrad.kernels.ranking import ranking_loss
